@@ -1,0 +1,134 @@
+"""The seam: what an engine supplies, which engines there are, and which one serves a call.
+
+A new engine supplies two things and a reason to refuse:
+  ops      per layer, differentiable: for training and for users' own code;
+  runner   a prepared model: a whole encoder, network or match in one call, no autograd;
+  refuses  why it cannot serve a configuration, device or dtype (None where it can).
+Everything above this file is the same for all engines.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastphi import cpu, reference
+
+if TYPE_CHECKING:
+    from fastphi.unet import UNet, UNetConfig
+
+log = logging.getLogger("fastphi")
+
+
+class Ops(Protocol):
+    """Differentiable ops on the engine's own activations `h` (a tensor, or a deferred (r, s) pair)."""
+
+    def from_image(self, x: Tensor) -> Any: ...
+    def to_image(self, h: Any) -> Tensor: ...
+    def layer(
+        self,
+        h: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        eps: float,
+        relu: bool = True,
+        skip: Any = None,
+    ) -> Any: ...
+    def upsample(self, h: Any, weight: Tensor, bias: Tensor | None) -> Any: ...
+    def pool(self, h: Any) -> Any: ...
+    def mean(self, h: Any) -> Tensor: ...
+
+
+class Runner(Protocol):
+    """A prepared model. Results never depend on who shares the batch. Images are NCHW."""
+
+    def denoise(self, x: Tensor) -> Tensor: ...
+    def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]: ...
+    def match(
+        self, x: Tensor, target: Tensor, weight: Tensor, lr: float, max_iter: int, tolerance: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Algorithm 2 with L_i = Σ_c weight_c (φ_c(x_i) − target_ic)².
+
+        Returns x, losses (max_iter + 1, N) (NaN after an image stopped), updates (N,), converged (N,).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    name: str
+    what: str
+    ops: Ops
+    runner: Callable[[UNet], Runner]
+    refuses: Callable[[UNetConfig, torch.device, torch.dtype], str | None]
+
+
+# In order of preference: the first that does not refuse serves.
+ENGINES = (
+    Engine("cpu", "compiled C++ (csrc/cpu)", cpu.CPUOps(), cpu.CPURunner, cpu.refuses),
+    Engine(
+        "reference",
+        "plain PyTorch",
+        reference.ReferenceOps(),
+        reference.ReferenceRunner,
+        lambda config, device, dtype: None,
+    ),
+)
+BACKENDS = ("auto", *(engine.name for engine in ENGINES))
+
+_runners: weakref.WeakKeyDictionary[UNet, dict[str, Runner]] = weakref.WeakKeyDictionary()
+_told: set[str] = set()
+
+
+def runner(model: UNet, x: Tensor) -> Runner:
+    """The prepared model that serves x: made once per model and engine."""
+    engine = pick(model, x)
+    prepared = _runners.setdefault(model, {})
+    if engine.name not in prepared:
+        prepared[engine.name] = engine.runner(weakref.proxy(model))
+    return prepared[engine.name]
+
+
+def pick(model: UNet, x: Tensor) -> Engine:
+    """The engine that serves x: `model.backend`, or FASTPHI_BACKEND, or the first that can.
+
+    An engine asked for by name that cannot serve raises RuntimeError; under "auto" one log line says
+    which path runs and why.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    wanted = model.backend if model.backend != "auto" else _environment()
+    reasons = []
+    for engine in ENGINES:
+        if wanted not in ("auto", engine.name):
+            continue
+        reason = engine.refuses(model.config, x.device, dtype)
+        if reason is None:
+            if reasons and not torch.compiler.is_compiling():
+                _tell_once(f"the {engine.name} engine runs: {'; '.join(reasons)}")
+            return engine
+        reasons.append(f"engine {engine.name}: {reason}")
+    raise RuntimeError(f"backend: {wanted!r} was asked for but cannot serve ({'; '.join(reasons)})")
+
+
+@torch.compiler.assume_constant_result
+def _environment() -> str:
+    wanted = os.environ.get("FASTPHI_BACKEND", "auto")
+    if wanted not in BACKENDS:
+        raise ValueError(f"FASTPHI_BACKEND: expected one of {', '.join(BACKENDS)}; got {wanted!r}")
+    return wanted
+
+
+def _tell_once(line: str) -> None:
+    if line not in _told:
+        _told.add(line)
+        log.warning(line)

@@ -1,0 +1,71 @@
+"""Counter-based noise: a function of (seed, sample, stream, draw, element) and of nothing else.
+
+So a result never depends on batch size, order, threads, device or number of processes. The bits are
+defined by `fastphi.reference.noise_normal` (Philox4x32-10 and one float transform of fixed operation
+order); the compiled op gives the same ones, faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastphi import ops, reference, validate
+
+# A stream is a purpose (high byte) and an index within it (σ index, sampling step, ...), so draws for
+# different purposes never share a counter.
+_PURPOSES = ("order", "sigma", "train", "evaluate", "extract", "start", "step", "target", "subset")
+_INDEX_BITS = 24
+
+
+def stream(purpose: str, index: int = 0) -> int:
+    """The 32-bit stream number of a purpose and an index in [0, 2^24)."""
+    if not 0 <= index < 1 << _INDEX_BITS:
+        raise ValueError(f"index: {index}; a noise stream has indices 0 ... 2^24 - 1")
+    return _PURPOSES.index(purpose) << _INDEX_BITS | index
+
+
+def normal(
+    seed: int,
+    sample: Sequence[int] | np.ndarray | Tensor,
+    stream: int,
+    draw: int | Sequence[int] | np.ndarray | Tensor,
+    shape: tuple[int, int, int],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise, one image per sample id.
+
+    sample: N ids in [0, 2^32); draw: one number or N of them, in [0, 2^32); shape: (C, H, W).
+    Returns (N, C, H, W): float32 values (then converted to `dtype`), |z| < 5.8.
+    """
+    validate.seed(seed)
+    sample = torch.as_tensor(sample, dtype=torch.int64).cpu().reshape(-1)
+    draw = torch.as_tensor(draw, dtype=torch.int64).cpu().expand(sample.shape).contiguous()
+    for name, value in (("sample", sample), ("draw", draw)):
+        if len(value) and not 0 <= int(value.min()) <= int(value.max()) < 1 << 32:
+            raise ValueError(f"{name}: ids must be in [0, 2^32), got {value.min()} ... {value.max()}")
+    make = reference.noise_normal if ops.missing() else ops.noise_normal
+    return make(seed, sample, stream, draw, *shape).to(device=device, dtype=dtype)
+
+
+def uniform(seed: int, sample: np.ndarray, stream: int, draw: int = 0) -> np.ndarray:
+    """(N,) float64 uniform numbers in (0, 1), one per sample id, with 52 random bits."""
+    words = _words(seed, sample, stream, draw)
+    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def permutation(seed: int, n: int, stream: int = 0, draw: int = 0) -> np.ndarray:
+    """A random permutation of range(n), int64: the order of n 64-bit random keys."""
+    return np.argsort(_words(seed, np.arange(n), stream, draw), kind="stable").astype(np.int64)
+
+
+def _words(seed: int, sample: np.ndarray, stream: int, draw: int) -> np.ndarray:
+    validate.seed(seed)
+    sample = np.asarray(sample, np.int64).reshape(-1, 1)
+    words = reference.philox(seed, 0, np.full_like(sample, draw), stream, sample)
+    return (words[:, 0] << np.uint64(32) | words[:, 1]).reshape(-1)

@@ -1,0 +1,265 @@
+"""The blind denoiser of the paper (§2.1, Appendix A): a UNet without a noise-level input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastphi import engine, validate
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of the network. Index 0 of every tuple is full resolution.
+
+    channels: of each encoder block, then of the middle block (at least two entries).
+    enc_layers, dec_layers: convolutions per block; one number, or one per resolution. The last
+        convolution of decoder block 1 is the plain one to the image (so that block has at least 2).
+    norm: "std", the authors' form (y = γ z / (std(z) + ε)), or "layer", the textbook form.
+    upsample_bias: transposed convolutions have a bias, the full-resolution one excepted.
+    residual: the network's output is the residual x − x̂ (eq. 1), not the denoised image x̂.
+    """
+
+    channels: tuple[int, ...] = (64, 128, 256, 512)
+    image_channels: int = 3
+    enc_layers: int | tuple[int, ...] = 2
+    mid_layers: int = 3
+    dec_layers: int | tuple[int, ...] = 6
+    bias: bool = True
+    norm: str = "std"
+    upsample_bias: bool = False
+    residual: bool = False
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("channels", _counts(self.channels, "channels", None))
+        if len(self.channels) < 2:
+            raise ValueError(f"channels: expected at least two entries, got {self.channels}")
+        blocks = len(self.channels) - 1
+        put("enc_layers", _counts(self.enc_layers, "enc_layers", blocks))
+        put("dec_layers", _counts(self.dec_layers, "dec_layers", blocks))
+        validate.integer(self.mid_layers, "mid_layers", low=1)
+        validate.integer(self.image_channels, "image_channels", low=1)
+        validate.choice(self.norm, "norm", ("std", "layer"))
+        put("eps", validate.number(self.eps, "eps", low=0, open_low=True))
+        for name in ("bias", "upsample_bias", "residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.dec_layers[0] < 2:  # type: ignore[index]
+            raise ValueError(f"dec_layers: decoder block 1 needs at least 2, got {self.dec_layers}")
+
+    @property
+    def blocks(self) -> int:
+        """Number of resolutions below which the image is halved."""
+        return len(self.channels) - 1
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Blocks that have a mean, in network order: enc1 ... mid ... dec2."""
+        down = tuple(f"enc{b}" for b in range(1, self.blocks + 1))
+        return (*down, "mid", *(f"dec{b}" for b in range(self.blocks, 1, -1)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _counts(value: Any, name: str, length: int | None) -> tuple[int, ...]:
+    if length is not None and not isinstance(value, (tuple, list)):
+        value = (value,) * length
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected a tuple of integers, got {value!r}")
+    if length is not None and len(value) != length:
+        raise ValueError(f"{name}: expected one count or one per resolution ({length}), got {value}")
+    return tuple(validate.integer(v, f"{name}[{i}]", low=1) for i, v in enumerate(value))
+
+
+@dataclass(frozen=True)
+class TrainingInfo:
+    """What a model was trained on: travels with its checkpoint.
+
+    sigma_min, sigma_max: range of training noise levels; mean: the data set's mean colour, per channel,
+    in [0, 1]; data: a name for the data; steps: optimiser steps.
+    """
+
+    sigma_min: float = 0.0
+    sigma_max: float = 1.0
+    mean: tuple[float, ...] | None = None
+    data: str = ""
+    steps: int = 0
+
+
+class Layer(nn.Module):
+    """conv 3×3 → norm → ReLU. weight (out, in, 3, 3); bias, gamma, beta (out,) or None."""
+
+    def __init__(self, cin: int, cout: int, config: UNetConfig, norm: bool, relu: bool) -> None:
+        super().__init__()
+        self.relu = relu
+        self.weight = nn.Parameter(torch.empty(cout, cin, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(cout)) if config.bias else None
+        self.gamma = nn.Parameter(torch.empty(cout)) if norm else None
+        self.beta = nn.Parameter(torch.zeros(cout)) if norm and config.norm == "layer" else None
+        self.eps = config.eps
+        nn.init.kaiming_normal_(self.weight)
+        if self.gamma is not None:
+            nn.init.normal_(self.gamma, 0.0, 2 / 9 / 64).data.clamp_(-0.025, 0.025)
+
+    def forward(self, ops: engine.Ops, h: Any, skip: Any = None) -> Any:
+        textbook = {} if self.beta is None else {"beta": self.beta}
+        return ops.layer(
+            h, self.weight, self.bias, self.gamma, self.eps, self.relu, skip=skip, **textbook
+        )
+
+
+class Upsample(nn.Module):
+    """Transposed conv 2×2, stride 2. weight (in, out, 2, 2)."""
+
+    def __init__(self, cin: int, cout: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cin, cout, 2, 2))
+        self.bias = nn.Parameter(torch.zeros(cout)) if bias else None
+        nn.init.kaiming_normal_(self.weight.data.transpose(0, 1))
+
+    def forward(self, ops: engine.Ops, h: Any) -> Any:
+        return ops.upsample(h, self.weight, self.bias)
+
+
+class UNet(nn.Module):
+    """A blind denoiser. Images are float (N, C, H, W) in [0, 1] plus noise; σ is in the same units.
+
+    backend: "auto" (the fastest engine that can serve), or an engine's name, which then raises
+    RuntimeError where it cannot. A gradient is needed → the engine's ops; otherwise → its runner.
+    """
+
+    def __init__(self, config: UNetConfig | None = None, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config = config or UNetConfig()
+        self.backend = validate.choice(backend, "backend", engine.BACKENDS)
+        self.training_info = TrainingInfo()
+        for name, widths, relus in self._plan():
+            block = nn.ModuleList()
+            for i, (cin, cout) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+                first = name == "enc1" and i == 0  # the very first layer has no norm
+                block.append(Layer(cin, cout, config, norm=relus[i] and not first, relu=relus[i]))
+            if name.startswith("dec"):
+                b = int(name[3:])
+                bias = config.upsample_bias and b > 1
+                self.add_module(f"up{b}", Upsample(config.channels[b], config.channels[b - 1], bias))
+            self.add_module(name, block)
+
+    def _plan(self) -> Iterator[tuple[str, list[int], list[bool]]]:
+        """Each block's name, channel counts from its input on, and whether each layer has a ReLU."""
+        c, config = self.config.channels, self.config
+        enc, dec = config.enc_layers, config.dec_layers
+        assert isinstance(enc, tuple) and isinstance(dec, tuple)
+        for b in range(1, config.blocks + 1):
+            cin = c[b - 2] if b > 1 else config.image_channels
+            yield f"enc{b}", [cin] + [c[b - 1]] * enc[b - 1], [True] * enc[b - 1]
+        yield "mid", [c[-2]] + [c[-1]] * config.mid_layers, [True] * config.mid_layers
+        for b in range(config.blocks, 0, -1):
+            widths, relus = [2 * c[b - 1]] + [c[b - 1]] * dec[b - 1], [True] * dec[b - 1]
+            if b == 1:
+                widths[-1], relus[-1] = config.image_channels, False
+            yield f"dec{b}", widths, relus
+
+    # --- the network, once -------------------------------------------------------------------------
+
+    def _blocks(self, ops: engine.Ops, x: Tensor) -> Iterator[tuple[str, Any]]:
+        """(name, output) of each block in network order; whoever stops asking stops the network."""
+        h = ops.from_image(x)
+        skips = []
+        for b in range(1, self.config.blocks + 1):
+            h = self._block(f"enc{b}", ops, h)
+            yield f"enc{b}", h
+            skips.append(h)
+            h = ops.pool(h)
+        h = self._block("mid", ops, h)
+        yield "mid", h
+        for b in range(self.config.blocks, 0, -1):
+            h = self.get_submodule(f"up{b}")(ops, h)
+            h = self._block(f"dec{b}", ops, h, skips.pop())
+            yield f"dec{b}", h
+
+    def _block(self, name: str, ops: engine.Ops, h: Any, skip: Any = None) -> Any:
+        for i, layer in enumerate(self.get_submodule(name)):  # type: ignore[arg-type]
+            h = layer(ops, h, skip if i == 0 else None)
+        return h
+
+    def walk(self, ops: engine.Ops, x: Tensor) -> Tensor:
+        """The denoised image of x (N, C, H, W), by an engine's ops."""
+        for _, h in self._blocks(ops, x):
+            pass
+        out = ops.to_image(h)
+        return x - out if self.config.residual else out
+
+    def walk_means(self, ops: engine.Ops, x: Tensor, until: str | None) -> dict[str, Tensor]:
+        """ā of each block up to and including `until`: {name: (N, C)}."""
+        until = until or self.config.block_names[-1]
+        means = {}
+        for name, h in self._blocks(ops, x):
+            means[name] = ops.mean(h)
+            if name == until:
+                break
+        return means
+
+    # --- what users call ---------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, sigma: Any = None) -> Tensor:
+        """Denoised image x̂ (N, C, H, W). sigma is accepted for other libraries' conventions and not
+        used: the denoiser is blind."""
+        if (serving := self._serving(x)) is not None:
+            return self.walk(serving.ops, x)
+        return engine.runner(self, x).denoise(x)
+
+    def score(self, x: Tensor, sigma: Any) -> Tensor:
+        """∇ log p_σ(x) = (x̂ − x)/σ² (eq. 2). sigma > 0: one number, or N of them."""
+        variance = validate.batch_sigma(sigma, len(x), x) ** 2
+        return (self(x) - x) / variance
+
+    def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]:
+        """ā_j: spatial mean of each block's output, before pooling, in network order.
+
+        Returns {"enc1": (N, C1), ..., "mid": (N, C), ..., "dec2": (N, C2)}; the network stops after
+        block `until` (default: the last that has a mean; the full-resolution decoder never runs).
+        """
+        if until is not None:
+            validate.choice(until, "until", self.config.block_names)
+        if (serving := self._serving(x)) is not None:
+            return self.walk_means(serving.ops, x, until)
+        return engine.runner(self, x).block_means(x, until)
+
+    def phi(self, x: Tensor) -> Tensor:
+        """ā of the middle block, of x itself: (N, channels[-1]). Only encoder and middle block run."""
+        return self.block_means(x, until="mid")["mid"]
+
+    def representation(self) -> Representation:
+        """A parameter-free module image → φ, e.g. for plenoptic's Metamer."""
+        return Representation(self)
+
+    def _serving(self, x: Tensor) -> engine.Engine | None:
+        """The engine whose ops serve x where a gradient is needed (or a graph is traced), else None."""
+        validate.images(x, self.config)
+        parameter = self.mid[0].weight  # type: ignore[index,union-attr]
+        validate.like_model(x, parameter)
+        needed = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        tracing = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        return engine.pick(self, x) if needed or tracing else None
+
+
+class Representation(nn.Module):
+    """image (N, C, H, W) → φ (N, channels[-1]); has no parameters of its own."""
+
+    def __init__(self, model: UNet) -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple, so that nn.Module does not register its parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._model[0].phi(x)
