@@ -1,0 +1,59 @@
+"""fastphi: what a diffusion denoiser knows about images, fast (arXiv 2506.01912).
+
+    model = fastphi.load("model.safetensors")
+    store = fastphi.extract(model, "pack", "phi", sigmas=[0.5])
+    result = fastphi.reconstruct(model, targets=fastphi.targets.from_images(model, images))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Every public name and where it lives. Loaded when first used: `import fastphi` needs torch and numpy.
+_PUBLIC = {
+    "UNet": "unet",
+    "UNetConfig": "unet",
+    "TrainingInfo": "unet",
+    "save": "checkpoint",
+    "load": "checkpoint",
+    "load_authors_checkpoint": "checkpoint",
+    "pack": "packing",
+    "PackedImages": "data",
+    "extract": "phi",
+    "PhiStore": "phi",
+    "match_phi": "guidance",
+    "MatchResult": "guidance",
+    "reconstruct": "reconstruction",
+    "Reconstruction": "reconstruction",
+    "sample": "sampling",
+}
+_MODULES = ("data", "engine", "noise", "ops", "reference", "targets", "train", "validate")
+
+__all__ = sorted([*_PUBLIC, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"fastphi.{_PUBLIC[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"fastphi.{name}")
+    raise AttributeError(f"module 'fastphi' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from fastphi import data, engine, noise, ops, reference, targets, train, validate
+    from fastphi.checkpoint import load, load_authors_checkpoint, save
+    from fastphi.data import PackedImages
+    from fastphi.guidance import MatchResult, match_phi
+    from fastphi.packing import pack
+    from fastphi.phi import PhiStore, extract
+    from fastphi.reconstruction import Reconstruction, reconstruct
+    from fastphi.sampling import sample
+    from fastphi.unet import TrainingInfo, UNet, UNetConfig
