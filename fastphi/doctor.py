@@ -1,0 +1,95 @@
+"""What is installed, what was compiled, and which engine serves what (`fastphi doctor`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+
+import fastphi
+from fastphi import engine, ops
+from fastphi.unet import UNetConfig
+
+_PACKAGES = ("torch", "numpy", "triton", "safetensors", "pillow", "scikit-learn", "matplotlib", "tyro")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def report() -> dict[str, Any]:
+    """Versions, build and engines as plain values: what `fastphi doctor --json` prints."""
+    return {
+        "fastphi": fastphi.__version__,
+        "python": sys.version.split()[0],
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "processor": _processor(),
+        "gpu": _gpu(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "compiled": {"cpu": _compiled_cpu(), "cuda": "not built: this version has no CUDA engine"},
+        "engines": [row for device in _devices() for row in _engines(device)],
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report as a page of text."""
+    lines = [f"fastphi {found['fastphi']} on Python {found['python']}, {found['machine']}"]
+    lines += [f"  processor  {found['processor']}", f"  GPU        {found['gpu']}", "", "Packages"]
+    lines += [f"  {name:<13} {version}" for name, version in found["packages"].items()]
+    lines += ["", "Compiled"]
+    for name, build in found["compiled"].items():
+        if isinstance(build, dict):
+            build = ", ".join(f"{key} {value}" for key, value in build.items())
+        lines.append(f"  {name:<5} {build}")
+    lines += ["", "Engines (default network; a gradient needed: ops, otherwise: runner)"]
+    for row in found["engines"]:
+        lines.append(f"  {row['device']:<5} {row['dtype']:<9} -> {row['engine']}")
+        lines += [f"  {'':<18}not {name}: {reason}" for name, reason in row["refused"].items()]
+    return "\n".join(lines)
+
+
+def _engines(device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in _DTYPES:
+        refused: dict[str, str] = {}
+        for candidate in engine.ENGINES:
+            reason = candidate.refuses(UNetConfig(), device, dtype)
+            if reason is None:
+                break
+            refused[candidate.name] = reason
+        name = f"{candidate.name} ({candidate.what})"
+        short = str(dtype).removeprefix("torch.")
+        rows.append({"device": device.type, "dtype": short, "engine": name, "refused": refused})
+    return rows
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+
+
+def _compiled_cpu() -> Any:
+    return ops.missing() or json.loads(torch.ops.fastphi.build_info())
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+        return f"{names[0]} x {len(names)}, torch uses {torch.backends.cpu.get_cpu_capability()}"
+    except (OSError, IndexError):
+        return platform.processor() or "unknown"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none visible" if torch.version.cuda else "none: this torch is a CPU build"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}"
