@@ -1,0 +1,61 @@
+# make demo   set up, train a small denoiser on real photographs, report in out/demo/report.html
+# make test   set up, run every test
+# make check  set up, linters and types (what CI runs beside the tests)
+#
+# Set-up is the project's own virtual environment, .venv, with the compiled extension. Variables:
+#   TORCH=torch==2.13.0  the torch to install      PYTHON=python3  the Python to use
+#   DATA=folder          the photographs of the demo (default: the two that scikit-learn ships)
+
+TORCH  ?= torch==2.13.0
+PYTHON ?= python3
+DATA   ?=
+OUT    ?= out/demo
+
+VENV := .venv
+BIN  := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: setup demo test check format wheel doctor clean
+
+setup: $(VENV)/built
+
+$(VENV)/packages: pyproject.toml Makefile
+	@echo "== Set-up 1/2: virtual environment and packages (a minute or two, most of it download)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q "$(TORCH)" ninja numpy
+	$(BIN)/python tools/requirements.py test dev > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install -q -r $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/built: $(VENV)/packages $(SOURCES)
+	@echo "== Set-up 2/2: compiling the C++ engine (about a minute)"
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/fastphi doctor
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m fastphi.demo --out $(OUT) $(if $(DATA),--data "$(DATA)")
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+
+wheel: setup
+	$(BIN)/python -m build --wheel --no-isolation
+
+doctor: setup
+	$(BIN)/fastphi doctor
+
+clean:
+	rm -rf build dist *.egg-info fastphi/*.so out
