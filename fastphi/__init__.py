@@ -1,8 +1,8 @@
 """fastphi: what a diffusion denoiser knows about images, fast (arXiv 2506.01912).
 
-    model = fastphi.load("model.safetensors")
-    store = fastphi.extract(model, "pack", "phi", sigmas=[0.5])
-    result = fastphi.reconstruct(model, targets=fastphi.targets.from_images(model, images))
+model = fastphi.load("model.safetensors")
+store = fastphi.extract(model, "pack", "phi", sigmas=[0.5])
+result = fastphi.reconstruct(model, targets=fastphi.targets.from_images(model, images))
 """
 
 from __future__ import annotations

@@ -14,7 +14,16 @@ import fastphi
 from fastphi import engine, ops
 from fastphi.unet import UNetConfig
 
-_PACKAGES = ("torch", "numpy", "triton", "safetensors", "pillow", "scikit-learn", "matplotlib", "tyro")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "triton",
+    "safetensors",
+    "pillow",
+    "scikit-learn",
+    "matplotlib",
+    "tyro",
+)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 

@@ -85,5 +85,7 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{what}: another process is writing to {folder}; wait for it") from None
+            raise ValueError(
+                f"{what}: another process is writing to {folder}; wait for it"
+            ) from None
         yield

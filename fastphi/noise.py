@@ -48,7 +48,9 @@ def normal(
     draw = torch.as_tensor(draw, dtype=torch.int64).cpu().expand(sample.shape).contiguous()
     for name, value in (("sample", sample), ("draw", draw)):
         if len(value) and not 0 <= int(value.min()) <= int(value.max()) < 1 << 32:
-            raise ValueError(f"{name}: ids must be in [0, 2^32), got {value.min()} ... {value.max()}")
+            raise ValueError(
+                f"{name}: ids must be in [0, 2^32), got {value.min()} ... {value.max()}"
+            )
     make = reference.noise_normal if ops.missing() else ops.noise_normal
     return make(seed, sample, stream, draw, *shape).to(device=device, dtype=dtype)
 

@@ -154,7 +154,9 @@ def match_one(
 
 def schedule(first: float = 1.0, last: float = 0.03, steps: int = 100) -> list[float]:
     """σ of the schedule form (§2.3): linspace(1, 0.03, 100)."""
-    return [first + (last - first) * i / (steps - 1) for i in range(steps)] if steps > 1 else [first]
+    return (
+        [first + (last - first) * i / (steps - 1) for i in range(steps)] if steps > 1 else [first]
+    )
 
 
 def reconstruct_schedule(
@@ -222,7 +224,9 @@ def extract_phi(
 # --- counter-based noise --------------------------------------------------------------------------
 
 
-def philox(seed: int, block: np.ndarray, draw: np.ndarray, stream: int, sample: np.ndarray) -> np.ndarray:
+def philox(
+    seed: int, block: np.ndarray, draw: np.ndarray, stream: int, sample: np.ndarray
+) -> np.ndarray:
     """Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (block, draw, stream, sample).
 
     The counters broadcast; returns (..., 4) words of 32 bits, as uint64.
@@ -233,7 +237,12 @@ def philox(seed: int, block: np.ndarray, draw: np.ndarray, stream: int, sample: 
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     for _ in range(10):
         p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        c = [(p1 >> shift) ^ c[1] ^ np.uint64(k0), p1 & mask, (p0 >> shift) ^ c[3] ^ np.uint64(k1), p0 & mask]
+        c = [
+            (p1 >> shift) ^ c[1] ^ np.uint64(k0),
+            p1 & mask,
+            (p0 >> shift) ^ c[3] ^ np.uint64(k1),
+            p0 & mask,
+        ]
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return np.stack(c, axis=-1)
 

@@ -76,7 +76,9 @@ def _counts(value: Any, name: str, length: int | None) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name}: expected a tuple of integers, got {value!r}")
     if length is not None and len(value) != length:
-        raise ValueError(f"{name}: expected one count or one per resolution ({length}), got {value}")
+        raise ValueError(
+            f"{name}: expected one count or one per resolution ({length}), got {value}"
+        )
     return tuple(validate.integer(v, f"{name}[{i}]", low=1) for i, v in enumerate(value))
 
 
@@ -150,7 +152,9 @@ class UNet(nn.Module):
             if name.startswith("dec"):
                 b = int(name[3:])
                 bias = config.upsample_bias and b > 1
-                self.add_module(f"up{b}", Upsample(config.channels[b], config.channels[b - 1], bias))
+                self.add_module(
+                    f"up{b}", Upsample(config.channels[b], config.channels[b - 1], bias)
+                )
             self.add_module(name, block)
 
     def _plan(self) -> Iterator[tuple[str, list[int], list[bool]]]:

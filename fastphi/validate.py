@@ -58,7 +58,9 @@ def finite(x: Tensor, name: str) -> Tensor:
     bad = ~torch.isfinite(x)
     if bad.any():
         where = tuple(int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"{name}: {int(bad.sum())} values are NaN or Inf, the first at index {where}")
+        raise ValueError(
+            f"{name}: {int(bad.sum())} values are NaN or Inf, the first at index {where}"
+        )
     return x
 
 
@@ -123,7 +125,9 @@ def batch_sigma(value: Any, n: int, x: Tensor, name: str = "sigma") -> Tensor:
     """σ > 0 as an (N, 1, 1, 1) tensor like x, from a number or a tensor of 1 or N values."""
     values = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     if values.numel() not in (1, n):
-        raise ValueError(f"{name}: expected one noise level or one per image ({n}), got {values.numel()}")
+        raise ValueError(
+            f"{name}: expected one noise level or one per image ({n}), got {values.numel()}"
+        )
     if not bool((torch.isfinite(values) & (values > 0)).all()):
         raise ValueError(f"{name}: the score needs finite noise levels > 0, got {value}")
     return values.reshape(-1, 1, 1, 1)
@@ -140,7 +144,9 @@ def channel_subset(channels: Any, count: int, name: str = "channels") -> tuple[i
     """Distinct channel numbers in [0, count); None means all."""
     if channels is None:
         return None
-    out = tuple(integer(int(c), f"{name}[{i}]", low=0, high=count - 1) for i, c in enumerate(channels))
+    out = tuple(
+        integer(int(c), f"{name}[{i}]", low=0, high=count - 1) for i, c in enumerate(channels)
+    )
     if not out or len(set(out)) != len(out):
         raise ValueError(f"{name}: expected distinct channel numbers, at least one; got {out}")
     return out

@@ -1,0 +1,310 @@
+"""The command line: one function per command, its options from the signature, its help from the text.
+
+Errors a user can mend end with one line and exit code 2; Ctrl-C with 130; nothing half-written stays.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+try:
+    import tyro
+    from tyro.conf import Positional, arg
+except ModuleNotFoundError:
+    sys.exit(
+        "fastphi: error: the command line needs tyro (pip install tyro); the Python API does not"
+    )
+
+from fastphi.train import TrainConfig
+
+Backend = Literal["auto", "cpu", "reference"]
+
+
+def pack(
+    source: Positional[Path],
+    out: Positional[Path],
+    size: int = 64,
+    color: bool = True,
+    split: str = "train",
+    key: str | None = None,
+    workers: int = 0,
+    allow_upscale: bool = False,
+) -> None:
+    """Pack images into a uint8 memory map that training and extraction read.
+
+    Args:
+        source: a folder tree (a class per folder, or flat), or an .npy or .npz file.
+        out: the folder to write. An interrupted pack goes on where it stopped.
+        size: side in pixels, after a centre crop and area resampling.
+        color: three channels; --no-color packs one, grey.
+        split: which split of an .npz of encoded images.
+        key: which array of an .npz.
+        workers: decoding processes; 0 decodes in this one.
+        allow_upscale: enlarge images smaller than `size` instead of skipping them.
+    """
+    from fastphi.packing import pack as run
+
+    packed = run(
+        source,
+        out,
+        size=size,
+        color=color,
+        split=split,
+        key=key,
+        workers=workers,
+        allow_upscale=allow_upscale,
+    )
+    print(f"{out}: {len(packed)} images of {packed.size} x {packed.size} x {packed.channels}")
+
+
+def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
+    """Train the denoiser (§2.1). The same command again resumes, to the same bits."""
+    from fastphi.train import Trainer
+
+    Trainer(config).run()
+    print(f"{config.out}/model.safetensors")
+
+
+def extract(
+    model: Positional[Path],
+    images: Positional[Path],
+    out: Positional[Path],
+    sigmas: tuple[float, ...] | None = None,
+    draws: int = 20,
+    all_blocks: bool = False,
+    indices: tuple[int, ...] | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    workers: int = 1,
+    device: str = "cpu",
+    backend: Backend = "auto",
+) -> None:
+    """Extract φ = E_z[ā(x + σz)] of packed images into a φ store (§2.2). Resumes where it stopped.
+
+    Args:
+        model: a checkpoint: .safetensors, a training folder, or the authors' folder.
+        images: a folder written by `fastphi pack`.
+        out: the φ store: one .npy per noise level and block, and a manifest.
+        sigmas: noise levels, in units of images in [0, 1]; default: the authors' twenty.
+        draws: noise draws per image and level (one at sigma 0).
+        all_blocks: every block's means, not the middle block's alone.
+        indices: only these images.
+        seed: of the noise.
+        batch: images at a time; the result does not depend on it.
+        workers: processes; the result does not depend on them.
+        device: cpu or cuda.
+        backend: the engine; auto takes the fastest that can serve.
+    """
+    import fastphi
+
+    store = fastphi.extract(
+        fastphi.load(model, device=device, backend=backend),
+        images,
+        out,
+        sigmas=sigmas,
+        draws=draws,
+        blocks="all" if all_blocks else ("mid",),
+        indices=indices,
+        seed=seed,
+        batch=batch,
+        workers=workers,
+        progress=True,
+    )
+    print(f"{out}: phi of {len(store)} images at {len(store.sigmas)} noise level(s)")
+
+
+def neighbours(
+    store: Positional[Path],
+    queries: Positional[tuple[int, ...]],
+    sigma: float | None = None,
+    k: int = 8,
+    block: str = "mid",
+    images: Path | None = None,
+    picture: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Nearest neighbours in φ (cosine), as JSON; with --images also in pixels, with --picture a panel.
+
+    Args:
+        store: a φ store written by `fastphi extract`.
+        queries: row numbers of the store whose neighbours are wanted.
+        sigma: the noise level (default: the only one of the store, else the one nearest 0.5).
+        k: neighbours per query, the query itself left out.
+        block: whose means.
+        images: the pack the store was made from.
+        picture: a PNG to write: query, neighbours in φ, neighbours in pixels. Needs --images.
+        out: a JSON file to write instead of printing.
+    """
+    from fastphi.commands import neighbours_command
+
+    found = neighbours_command(store, queries, sigma, k, block, images, picture)
+    _put(json.dumps(found, indent=2), out)
+
+
+def reconstruct(
+    model: Positional[Path],
+    out: Positional[Path],
+    images: Path | None = None,
+    indices: tuple[int, ...] = (),
+    phi: Path | None = None,
+    store: Path | None = None,
+    combine: Literal["none", "mean", "max"] = "none",
+    copies: int = 1,
+    target_sigma: float | None = None,
+    channels: tuple[int, ...] | None = None,
+    zero_elsewhere: bool = False,
+    form: Literal["schedule", "adaptive"] = "schedule",
+    first_sigma: float = 1.0,
+    last_sigma: float = 0.03,
+    steps: int = 100,
+    h0: float = 0.01,
+    beta: float = 0.01,
+    fixed_h: bool = False,
+    lr: float = 0.01,
+    max_iter: int = 100,
+    tolerance: float = 0.01,
+    size: int | None = None,
+    seed: int = 0,
+    picture: Path | None = None,
+    device: str = "cpu",
+    backend: Backend = "auto",
+) -> None:
+    """Sample images whose φ matches a target (Algorithm 1, with Algorithm 2 inside).
+
+    Give one kind of target: --images with --indices, --store with --indices, or --phi.
+
+    Args:
+        model: a checkpoint: .safetensors, a training folder, or the authors' folder.
+        out: the result, .npz; interrupted work goes on from it.
+        images: a pack; the targets are φ of the images at --indices.
+        indices: which images of the pack, or rows of the store.
+        phi: an .npy of φ, (C,) or (N, C), used at every noise level.
+        store: a φ store; φ*(σ) is interpolated between its levels.
+        combine: one target from all of them: their mean or maximum.
+        copies: samples per target.
+        target_sigma: take φ* at this one noise level instead of the current one.
+        channels: match these channels only.
+        zero_elsewhere: with --channels: all channels in the loss, target zero elsewhere.
+        form: the noise schedule, or the step size adapted to each image's own noise level.
+        first_sigma: schedule: the first noise level. adaptive: sigma_0.
+        last_sigma: the last noise level; adaptive: stop below it.
+        steps: schedule: number of noise levels.
+        h0: adaptive: step size.
+        beta: adaptive: share of noise put back.
+        fixed_h: adaptive: the step size stays h0 (thousands of steps).
+        lr: Adam's, in units of images in [0, 1].
+        max_iter: updates per noise level at most.
+        tolerance: stop an image at this share of its first loss; 0 never stops.
+        size: side in pixels (default: that of the targets).
+        seed: of the noise.
+        picture: a PNG to write: targets and their samples.
+        device: cpu or cuda.
+        backend: the engine; auto takes the fastest that can serve.
+    """
+    from fastphi.commands import reconstruct_command
+
+    reconstruct_command(**locals())
+
+
+def sample(
+    model: Positional[Path],
+    out: Positional[Path],
+    n: int = 16,
+    size: int = 64,
+    form: Literal["schedule", "adaptive"] = "adaptive",
+    h0: float = 0.01,
+    beta: float = 0.01,
+    fixed_h: bool = False,
+    last_sigma: float | None = None,
+    seed: int = 0,
+    picture: Path | None = None,
+    device: str = "cpu",
+    backend: Backend = "auto",
+) -> None:
+    """Sample images from the denoiser alone (Kadkhodaie & Simoncelli 2021).
+
+    Args:
+        model: a checkpoint: .safetensors, a training folder, or the authors' folder.
+        out: the result, .npz; interrupted work goes on from it.
+        n: number of images.
+        size: side in pixels.
+        form: step size adapted to each image's own noise level, or a noise schedule.
+        h0: step size.
+        beta: share of noise put back.
+        fixed_h: the step size stays h0 (thousands of steps).
+        last_sigma: stop below this noise level (default: the form's own).
+        seed: of the noise.
+        picture: a PNG to write.
+        device: cpu or cuda.
+        backend: the engine; auto takes the fastest that can serve.
+    """
+    from fastphi.commands import sample_command
+
+    sample_command(**locals())
+
+
+def doctor(json_: Annotated[bool, arg(name="json")] = False) -> None:
+    """Print versions, what was compiled, and which engine serves what.
+
+    Args:
+        json_: as JSON.
+    """
+    from fastphi import doctor
+
+    found = doctor.report()
+    print(json.dumps(found, indent=2) if json_ else doctor.text(found))
+
+
+def _put(text: str, out: Path | None) -> None:
+    if out is None:
+        print(text)
+        return
+    from fastphi import files
+
+    with files.atomic_write(out) as temporary:
+        temporary.write_text(text + "\n")
+
+
+COMMANDS = (pack, train, extract, neighbours, reconstruct, sample, doctor)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `fastphi`."""
+    logging.basicConfig(format="fastphi: %(message)s", level=logging.INFO)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--version"]:
+        import fastphi
+
+        print(fastphi.__version__)
+        return
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:
+        print("fastphi: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("FASTPHI_TRACEBACK"):
+            raise
+        print(f"fastphi: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _run(arguments: list[str]) -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        {command.__name__: command for command in COMMANDS},
+        prog="fastphi",
+        description="What a diffusion denoiser knows about images (arXiv 2506.01912).",
+        args=arguments,
+        sort_subcommands=False,
+    )

@@ -1,0 +1,160 @@
+"""What the commands do beyond calling one function: choose targets, draw pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastphi
+from fastphi import data, files, plots, targets, validate
+from fastphi.analysis.neighbours import nearest
+
+
+def neighbours_command(
+    store: Path,
+    queries: tuple[int, ...],
+    sigma: float | None,
+    k: int,
+    block: str,
+    images: Path | None,
+    picture: Path | None,
+) -> dict[str, Any]:
+    """Neighbours of each query in φ, and in pixels where `images` is given, as plain values."""
+    if picture is not None and images is None:
+        raise ValueError("picture: drawing neighbours needs --images, the pack of the store")
+    opened = fastphi.PhiStore(store)
+    if sigma is None:
+        sigma = min(opened.sigmas, key=lambda s: abs(s - 0.5))
+    phi = opened.array(sigma, block)
+    for i, query in enumerate(queries):
+        validate.integer(query, f"queries[{i}]", low=0, high=len(phi) - 1)
+    found: dict[str, Any] = {"sigma": sigma, "block": block, "queries": list(queries)}
+    found["phi"], found["phi_cosine"] = _others(phi, queries, k)
+    if images is not None:
+        packed = data.open_images(images)
+        if len(packed) != len(phi):
+            raise ValueError(
+                f"images: the pack has {len(packed)} images, the store {len(phi)} rows"
+            )
+        pixels = packed.images.reshape(len(packed), -1)
+        found["pixels"], found["pixel_cosine"] = _others(pixels, queries, k)
+        if picture is not None:
+            _neighbour_picture(packed, found, picture)
+    return found
+
+
+def _others(rows: np.ndarray, queries: tuple[int, ...], k: int) -> tuple[list, list]:
+    """nearest() without the query itself."""
+    index, cosine = nearest(rows[list(queries)], rows, min(k + 1, len(rows)))
+    kept = [
+        [(i, c) for i, c in zip(row, values, strict=True) if i != query][:k]
+        for query, row, values in zip(queries, index.tolist(), cosine.tolist(), strict=True)
+    ]
+    return [[i for i, _ in row] for row in kept], [[c for _, c in row] for row in kept]
+
+
+def _neighbour_picture(packed: Any, found: dict[str, Any], picture: Path) -> None:
+    rows, labels = [], []
+    for query, phi, pixels in zip(found["queries"], found["phi"], found["pixels"], strict=True):
+        for name, index in (("φ", phi), ("pixels", pixels)):
+            rows.append(packed.batch(np.array([query, *index])))
+            labels.append(f"{query}: {name}")
+    _save_grid(picture, rows, labels)
+
+
+def reconstruct_command(
+    model: Path,
+    out: Path,
+    images: Path | None,
+    indices: tuple[int, ...],
+    phi: Path | None,
+    store: Path | None,
+    combine: str,
+    copies: int,
+    target_sigma: float | None,
+    channels: tuple[int, ...] | None,
+    zero_elsewhere: bool,
+    picture: Path | None,
+    size: int | None,
+    device: str,
+    backend: str,
+    **options: Any,
+) -> None:
+    """Build the target that was asked for, reconstruct, draw."""
+    if sum(source is not None for source in (images, phi, store)) != 1:
+        raise ValueError("target: give exactly one of --images, --store and --phi")
+    if zero_elsewhere and channels is None:
+        raise ValueError("zero_elsewhere: needs --channels")
+    loaded = fastphi.load(model, device=device, backend=backend)
+    clean = None
+    how = None if combine == "none" else combine
+    if images is not None:
+        packed = data.open_images(images)
+        if not indices:
+            raise ValueError("indices: name at least one image of the pack")
+        clean = packed.batch(np.array(indices)).to(device)
+        size = size or packed.size
+        if how:
+            target = targets.centroid(loaded, clean, how=how, copies=copies, sigma=target_sigma)
+        else:
+            target = targets.from_images(loaded, clean, copies=copies, sigma=target_sigma)
+    elif store is not None:
+        rows = indices or None
+        target = targets.from_store(
+            fastphi.PhiStore(store), rows, how=how, copies=copies, sigma=target_sigma
+        )
+    else:
+        values = torch.from_numpy(np.load(phi, allow_pickle=False)).float()
+        target = targets.fixed(values.to(device), copies=copies)
+    if channels is not None:
+        target = target.with_channels(channels, zero_elsewhere=zero_elsewhere)
+    result = fastphi.reconstruct(
+        loaded, target, size=size, save=out, progress=True, **_levels(options)
+    )
+    last = result.losses_last[-1] / result.losses_first[0]
+    print(f"{out}: {len(result.images)} images, final over first loss {np.nanmedian(last):.2g}")
+    if picture is not None:
+        rows = list(result.images.cpu().split(max(copies, 1)))
+        if clean is not None and how is None:
+            rows = [torch.cat([c[None].cpu(), r]) for c, r in zip(clean, rows, strict=True)]
+        _save_grid(
+            picture, rows, ["target first" if clean is not None and not how else ""] * len(rows)
+        )
+
+
+def sample_command(
+    model: Path,
+    out: Path,
+    n: int,
+    picture: Path | None,
+    device: str,
+    backend: str,
+    **options: Any,
+) -> None:
+    """Sample, draw."""
+    loaded = fastphi.load(model, device=device, backend=backend)
+    result = fastphi.sample(loaded, n, save=out, progress=True, **options)
+    print(f"{out}: {len(result.images)} images")
+    if picture is not None:
+        _save_grid(picture, list(result.images.cpu().split(8)), [])
+
+
+def _levels(options: dict[str, Any]) -> dict[str, Any]:
+    """Command options to those of `fastphi.reconstruct`: a schedule, or the adaptive form's ends."""
+    options = dict(options)
+    first, last, steps = (options.pop(name) for name in ("first_sigma", "last_sigma", "steps"))
+    return options | {"sigmas": (first, last, steps)}
+
+
+def _save_grid(picture: str | os.PathLike[str], rows: list[Any], labels: list[str]) -> None:
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(1 + columns, len(rows)), layout="constrained")
+    plots.images(figure.subplots(), rows, labels)
+    with files.atomic_write(picture) as temporary:
+        figure.savefig(temporary, dpi=150, format=Path(picture).suffix.lstrip(".") or "png")
