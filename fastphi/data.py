@@ -1,0 +1,320 @@
+"""Images: a packed uint8 array that is read at random, or a tensor in memory, behind one interface.
+
+A pack is a folder, made by `fastphi.packing.pack`: `images.npy` (uint8, (N, H, W, C), readable by
+`np.load(..., mmap_mode="r")`), `labels.npy` (int64, -1 where unknown; absent where there are none),
+`manifest.json`, `items.jsonl` (name and label of every image) and `skipped.jsonl` (name and reason
+of every one left out).
+
+Measured on 2 cores (Xeon Platinum 8581C, one thread, file in the page cache, 64x64x3, 19,994 images):
+`batch` of 1024 random indices MEASURED_BATCH images/s, of which the gather alone MEASURED_GATHER;
+decoding and packing 64x64 JPEGs MEASURED_JPEG images/s per process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastphi import files, validate
+
+FORMAT = "fastphi-images"
+VERSION = 1
+
+
+class Images:
+    """What extraction and training read: N images of one shape, by index.
+
+    shape: (C, H, W). mean: the mean colour, C floats in [0, 1]. labels: (N,) int64, -1 where
+    unknown, or None. class_names: a name per label, or None. sha256: of the pixels, in hex.
+    """
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def sha256(self) -> str:
+        raise NotImplementedError
+
+    def _read(self, indices: np.ndarray) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Height and width of square images, in pixels; ValueError where they are not square."""
+        if self.shape[1] != self.shape[2]:
+            raise ValueError(
+                f"size: the images are {self.shape[1]}x{self.shape[2]}, not square; use .shape"
+            )
+        return self.shape[1]
+
+    def batch(self, indices: Any) -> Tensor:
+        """The images of `indices`: a contiguous float32 tensor (len(indices), C, H, W) in [0, 1].
+
+        indices: whole numbers in [0, N), in any order, repeated or none at all; a sequence, array
+        or tensor. TypeError where they are not whole numbers, ValueError where one is outside.
+        """
+        return self._read(_indices(indices, len(self)))
+
+    def split(self, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(training, held-out) indices, int64, ascending, disjoint; a function of (N, seed) alone.
+
+        holdout: how many to hold out, in [0, N).
+        """
+        from fastphi import noise  # it loads the compiled ops, which nothing else here needs
+
+        holdout = validate.integer(holdout, "holdout", low=0, high=len(self) - 1)
+        order = noise.permutation(validate.seed(seed), len(self), noise.stream("subset"))
+        return np.sort(order[holdout:]), np.sort(order[:holdout])
+
+
+class PackedImages(Images):
+    """A pack on disk, read by memory map: opening it costs nothing and needs no memory.
+
+    path: the folder `pack` made. images: the memory map, uint8 (N, H, W, C). manifest: a dict.
+    Raises ValueError where the folder is not a finished pack or a file is missing, truncated or not
+    the one the manifest describes (sizes and shapes; `verify` also reads every byte), and
+    FileNotFoundError where there is no folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.manifest = _manifest(self.path)
+        for name, nbytes in self.manifest["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                raise ValueError(
+                    f"pack {self.path}: {name} is missing; pack again into a new folder"
+                )
+            if file.stat().st_size != nbytes:
+                raise ValueError(
+                    f"pack {self.path}: {name} has {file.stat().st_size} bytes, expected {nbytes}: "
+                    "it was truncated or changed; pack again, elsewhere"
+                )
+        n, size, channels = (self.manifest[k] for k in ("n", "size", "channels"))
+        self.images = np.load(self.path / "images.npy", mmap_mode="r")
+        if self.images.shape != (n, size, size, channels) or self.images.dtype != np.uint8:
+            raise ValueError(
+                f"pack {self.path}: images.npy is {self.images.dtype} {self.images.shape}, "
+                f"expected uint8 {(n, size, size, channels)}"
+            )
+        self.shape = (channels, size, size)
+        self.mean = tuple(self.manifest["mean"])
+        self.class_names = self.manifest["class_names"]
+        if "labels.npy" in self.manifest["files"]:
+            self.labels = np.load(self.path / "labels.npy")
+            if self.labels.shape != (n,):
+                raise ValueError(
+                    f"pack {self.path}: labels.npy has shape {self.labels.shape}, expected {(n,)}"
+                )
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def __repr__(self) -> str:
+        return f"PackedImages({str(self.path)!r}: {len(self)} images, C, H, W = {self.shape})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedImages, (self.path,)  # a memory map would travel with all its pixels
+
+    @property
+    def sha256(self) -> str:
+        return self.manifest["sha256"]
+
+    def verify(self) -> None:
+        """Read images.npy whole; ValueError where its SHA-256 is not the manifest's."""
+        found = files.sha256(self.path / "images.npy")
+        if found != self.sha256:
+            raise ValueError(
+                f"pack {self.path}: images.npy has sha256 {found}, expected {self.sha256}"
+            )
+
+    def _read(self, indices: np.ndarray) -> Tensor:
+        order = np.argsort(indices, kind="stable")  # ascending reads: each page is touched once
+        pixels = np.empty((len(indices), *self.images.shape[1:]), np.uint8)
+        images = np.asarray(self.images)  # a view: indexing a memmap itself is slow
+        for i in order:
+            pixels[i] = images[indices[i]]
+        x = np.empty((len(indices), *self.shape), np.float32)
+        # NumPy, as this runs in a thread of its own, where torch would start a second set of them.
+        np.divide(pixels.transpose(0, 3, 1, 2), np.float32(255), out=x, dtype=np.float32)
+        return torch.from_numpy(x)
+
+
+class MemoryImages(Images):
+    """Images in memory: a float tensor or array (N, C, H, W) in [0, 1], kept as float32 on CPU."""
+
+    def __init__(self, x: Tensor | np.ndarray, labels: Any = None) -> None:
+        x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+        x = validate.clean_images(x, name="images")
+        self._x = x.detach().to("cpu", torch.float32).contiguous()
+        self.shape = (self._x.shape[1], self._x.shape[2], self._x.shape[3])
+        self.mean = tuple(self._x.mean(dim=(0, 2, 3), dtype=torch.float64).tolist())
+        if labels is not None:
+            self.labels = np.asarray(labels, np.int64)
+            if self.labels.shape != (len(self),):
+                raise ValueError(
+                    f"labels: expected one per image ({len(self)}), got shape {self.labels.shape}"
+                )
+
+    def __len__(self) -> int:
+        return self._x.shape[0]
+
+    @property
+    def images(self) -> np.ndarray:
+        """A view as (N, H, W, C): float32 in [0, 1], where a pack's is uint8."""
+        return self._x.permute(0, 2, 3, 1).numpy()
+
+    @functools.cached_property
+    def sha256(self) -> str:  # type: ignore[override]
+        digest = hashlib.sha256(repr(tuple(self._x.shape)).encode())
+        digest.update(self._x.numpy())
+        return digest.hexdigest()
+
+    def _read(self, indices: np.ndarray) -> Tensor:
+        return self._x[torch.from_numpy(indices)]
+
+
+def open_images(source: Any) -> Images:
+    """Images from any of: an `Images`, the path of a pack, a float tensor or array (N, C, H, W).
+
+    Raises TypeError for anything else, ValueError for a path that is no pack or values
+    outside [0, 1].
+    """
+    if isinstance(source, Images):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return PackedImages(source)
+    if isinstance(source, (Tensor, np.ndarray)):
+        return MemoryImages(source)
+    raise TypeError(
+        "images: expected the path of a pack, PackedImages or a float tensor (N, C, H, W), got "
+        f"{type(source).__name__}"
+    )
+
+
+class Batches(Iterator[Tensor]):
+    """Batches read ahead by a thread, so that the loop that takes them does not wait for the disk.
+
+    images: anything `open_images` takes. steps: an iterable of indices, one entry per batch,
+    consumed in the thread. prefetch: how many batches to hold ready. Yields the `batch` of each
+    entry, in order; an exception in the thread is raised by `next`. Use it as a context
+    manager, or call `close`.
+    """
+
+    def __init__(self, images: Any, steps: Iterable[Sequence[int]], prefetch: int = 2) -> None:
+        depth = validate.integer(prefetch, "prefetch", low=1)
+        self._ready: queue.Queue[Any] = queue.Queue(depth)
+        self._stop = threading.Event()
+        # The thread holds no reference to self: a loop that is abandoned still ends it, by __del__.
+        self._thread = threading.Thread(
+            target=_read_ahead,
+            args=(open_images(images), steps, self._ready, self._stop),
+            name="fastphi-batches",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def __next__(self) -> Tensor:
+        if self._stop.is_set():
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, Tensor):
+            return item
+        self.close()
+        raise StopIteration if item is None else item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; the iteration is over. May be called again."""
+        self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # make room for a thread that is about to hand over
+                self._ready.get_nowait()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_thread"):
+            self.close()
+
+
+def _read_ahead(
+    images: Images, steps: Iterable[Any], ready: queue.Queue[Any], stop: threading.Event
+) -> None:
+    def hand_over(item: Any) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    try:
+        for indices in steps:
+            hand_over(images.batch(indices))
+            if stop.is_set():
+                return
+        hand_over(None)
+    except BaseException as error:  # whatever it was, it belongs to the consumer
+        hand_over(error)
+
+
+def _indices(indices: Any, n: int) -> np.ndarray:
+    if isinstance(indices, Tensor):
+        indices = indices.detach().cpu().numpy()
+    array = np.asarray(indices)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(
+            f"indices: expected a sequence of whole numbers, got {array.dtype} {array.shape}"
+        )
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < n:
+        raise ValueError(
+            f"indices: expected numbers in [0, {n}), got {array.min()} ... {array.max()}"
+        )
+    return array.astype(np.int64)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise FileNotFoundError(f"pack: no folder {path}; make one with fastphi pack")
+    if not (path / "manifest.json").is_file():
+        unfinished = (path / ".parts").is_dir()
+        raise ValueError(
+            f"pack {path}: manifest.json is missing; "
+            + ("the pack is unfinished, run it again" if unfinished else "this is not a pack")
+        )
+    manifest = files.read_json(path / "manifest.json", f"pack {path}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"pack {path}: manifest.json is not that of a {FORMAT} folder")
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"pack {path}: format version {manifest.get('version')}, this fastphi reads {VERSION}"
+        )
+    missing = {"n", "size", "channels", "mean", "class_names", "files", "sha256"} - manifest.keys()
+    if missing or "images.npy" not in manifest["files"]:
+        raise ValueError(f"pack {path}: manifest.json is incomplete: {sorted(missing) or 'files'}")
+    return manifest

@@ -1,0 +1,269 @@
+"""Where images come from: a folder, an .npy or an .npz, looked at without reading its pixels."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+SUFFIXES = frozenset(".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split())
+
+# What is needed to decode an image, in whatever process: its path, its encoded bytes or its pixels.
+Payload = str | bytes | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """N named images in a fixed order.
+
+    kind: "folder", "npy", "npz" or "encoded". labels: (N,) int64 with -1 where unknown, or None.
+    fingerprint: changes when the images do. payloads: (start, stop) -> what
+    `shards.convert` takes, one per image.
+    """
+
+    kind: str
+    path: Path
+    names: Sequence[str]
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    fingerprint: str
+    payloads: Callable[[int, int], list[Payload]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def open_source(path: str | os.PathLike[str], split: str, key: str | None) -> Source:
+    """Look at a source without reading its pixels; see `fastphi.packing.pack` for its kinds."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        if key is not None:
+            raise ValueError(f"key: {key!r} names an array of an .npz, but {path} is a folder")
+        return _folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"source: no file or folder {path}")
+    try:
+        if path.suffix == ".npy":
+            return _npy(path)
+        if path.suffix == ".npz":
+            return _npz(path, split, key)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"source: {path} is not a whole {path.suffix} file ({error})") from None
+    raise ValueError(f"source: expected a folder, an .npy or an .npz, got {path}")
+
+
+def _folder(root: Path) -> Source:
+    found = sorted(_walk(root))
+    if not found:
+        raise ValueError(f"source: no image in {root} (looked for {' '.join(sorted(SUFFIXES))})")
+    names = [name for name, _, _ in found]
+    classes = [name.split("/")[0] if "/" in name else None for name in names]
+    class_names = sorted({c for c in classes if c is not None})
+    number: dict[str | None, int] = {c: i for i, c in enumerate(class_names)}
+    labels = np.array([number.get(c, -1) for c in classes], np.int64) if class_names else None
+    digest = hashlib.sha256()
+    for entry in found:
+        digest.update(repr(entry).encode())
+
+    def payloads(start: int, stop: int) -> list[Payload]:
+        return [os.path.join(root, name) for name in names[start:stop]]
+
+    return Source("folder", root, names, labels, class_names or None, digest.hexdigest(), payloads)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
+    """(path from root with "/", bytes, mtime in ns) of every image, links followed, loops not."""
+    seen = set()
+    for folder, children, names in os.walk(root, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            children.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        # Of two links to one folder the walk follows the first: make that the same one everywhere.
+        children[:] = sorted(c for c in children if not c.startswith("."))
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                file = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # a dangling link is no image
+                    stat = file.stat()
+                    yield file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns
+
+
+def _npy(path: Path) -> Source:
+    try:
+        array = np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise ValueError(f"source: {path} is not a readable .npy ({error})") from None
+    stat = path.stat()
+    return _array_source("npy", path, array, None, None, f"{stat.st_size} {stat.st_mtime_ns}")
+
+
+def _array_source(
+    kind: str,
+    path: Path,
+    array: np.ndarray,
+    labels: np.ndarray | None,
+    class_names: list[str] | None,
+    fingerprint: str,
+) -> Source:
+    if array.ndim == 4 and array.shape[3] not in (1, 3, 4) and array.shape[1] in (1, 3, 4):
+        raise ValueError(
+            f"source: {path} is {array.shape}, channels first; expected (N, H, W, C): transpose it"
+        )
+    if (
+        array.ndim not in (3, 4)
+        or 0 in array.shape
+        or array.shape[3:] not in ((), (1,), (3,), (4,))
+    ):
+        raise ValueError(
+            f"source: {path} has shape {array.shape}; expected (N, H, W) or (N, H, W, C), "
+            "C = 1, 3 or 4"
+        )
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ValueError(f"source: {path} is {array.dtype}; expected uint8, or float in [0, 1]")
+    n = len(array)
+    _as_bytes(array[:: max(1, n // 64)], 0, path)  # a wrong range is found now, not after an hour
+
+    def payloads(start: int, stop: int) -> list[Payload]:
+        return list(_as_bytes(array[start:stop], start, path))
+
+    return Source(
+        kind, path, [str(i) for i in range(n)], labels, class_names, fingerprint, payloads
+    )
+
+
+def _as_bytes(array: np.ndarray, start: int, path: Path) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return np.asarray(array)
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):  # so that NaN is refused too
+        raise ValueError(
+            f"source: {path} has float values in [{low:g}, {high:g}] from image {start} on; "
+            "expected [0, 1]"
+        )
+    return np.rint(np.asarray(array, np.float64) * 255).astype(np.uint8)
+
+
+def _npz(path: Path, split: str, key: str | None) -> Source:
+    with zipfile.ZipFile(path) as archive:
+        members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+        encodings = [k for k in members if k.endswith(("_jpeg", "_webp"))]
+        if key is None and not encodings:
+            key = _image_key(path, archive)
+    if key is None:
+        return _encoded(path, members, split, encodings)
+    with np.load(path) as arrays:
+        if key not in members:
+            raise ValueError(
+                f"key: no array {key!r} in {path}; it has {', '.join(sorted(members))}"
+            )
+        used = [k for k in (key, "labels", "class_names") if k in members]
+        array = _member(path, members[key], arrays)
+        labels, class_names = _labels(arrays, "labels", len(array) if array.ndim else 0)
+    return _array_source("npz", path, array, labels, class_names, _checksums(members, used))
+
+
+def _encoded(
+    path: Path, members: dict[str, zipfile.ZipInfo], split: str, encodings: list[str]
+) -> Source:
+    found = [k for k in encodings if k in (f"{split}_jpeg", f"{split}_webp")]
+    if len(found) != 1:
+        splits = ", ".join(sorted({k.rsplit("_", 1)[0] for k in encodings}))
+        raise ValueError(f"split: expected one of {splits} for {path}, got {split!r}")
+    with np.load(path) as arrays:
+        if f"{split}_off" not in members:
+            raise ValueError(f"source: {path} has {found[0]} but no {split}_off")
+        offsets = arrays[f"{split}_off"]
+        buffer = _member(path, members[found[0]], arrays)
+        n = len(offsets) - 1
+        if n < 1 or (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > len(buffer):
+            raise ValueError(
+                f"source: {path}: {split}_off must hold N + 1 ascending offsets into the "
+                f"{len(buffer)} bytes of {found[0]}"
+            )
+        labels, class_names = _labels(arrays, f"{split}_label", n)
+        file = f"{split}_file"
+        names = [str(s) for s in arrays[file]] if file in members else [str(i) for i in range(n)]
+    if len(names) != n:
+        raise ValueError(f"source: {path}: {file} has {len(names)} names for {n} images")
+
+    def payloads(start: int, stop: int) -> list[Payload]:
+        return [buffer[offsets[i] : offsets[i + 1]].tobytes() for i in range(start, stop)]
+
+    used = [found[0], f"{split}_off", f"{split}_label", file, "class_names"]
+    fingerprint = _checksums(members, [k for k in used if k in members])
+    return Source("encoded", path, names, labels, class_names, fingerprint, payloads)
+
+
+def _image_key(path: Path, archive: zipfile.ZipFile) -> str:
+    arrays = {}
+    for member in archive.infolist():
+        with archive.open(member) as f, contextlib.suppress(ValueError):
+            shape, _, dtype = _header(f)
+            arrays[member.filename.removesuffix(".npy")] = (shape, dtype)
+    found = [
+        key
+        for key, (shape, dtype) in arrays.items()
+        if len(shape) in (3, 4) and (dtype == np.uint8 or dtype.kind == "f")
+    ]
+    if len(found) != 1:
+        listing = ", ".join(f"{key} {dtype}{shape}" for key, (shape, dtype) in arrays.items())
+        raise ValueError(
+            f"key: expected one array of images in {path}, found {len(found)}; name one of: "
+            f"{listing}"
+        )
+    return found[0]
+
+
+def _header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran order, and dtype of the .npy that begins here."""
+    if np.lib.format.read_magic(f) == (1, 0):
+        return np.lib.format.read_array_header_1_0(f)
+    return np.lib.format.read_array_header_2_0(f)
+
+
+def _labels(arrays: Any, key: str, n: int) -> tuple[np.ndarray | None, list[str] | None]:
+    names = [str(s) for s in arrays["class_names"]] if "class_names" in arrays.files else None
+    if key not in arrays.files:
+        return None, names
+    labels = arrays[key]
+    if labels.shape != (n,) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"source: {key} is {labels.dtype} {labels.shape}, expected {n} whole numbers"
+        )
+    labels = labels.astype(np.int64)
+    highest = np.iinfo(np.int64).max if names is None else len(names) - 1
+    if n and (labels.min() < -1 or labels.max() > highest):
+        raise ValueError(
+            f"source: {key} has values {labels.min()} ... {labels.max()}, expected -1 (unknown) or "
+            + ("a class number" if names is None else f"one of the {len(names)} class_names")
+        )
+    return labels, names
+
+
+def _member(path: Path, info: zipfile.ZipInfo, arrays: Any) -> np.ndarray:
+    """An array of an .npz: mapped where it is stored uncompressed, else read into memory."""
+    if info.compress_type == zipfile.ZIP_STORED:
+        with open(path, "rb") as f:
+            f.seek(info.header_offset)
+            local = f.read(30)  # its last two shorts are the lengths of the name and an extra field
+            f.seek(sum(struct.unpack("<2H", local[26:30])), os.SEEK_CUR)
+            shape, fortran, dtype = _header(f)
+            if not dtype.hasobject and 0 not in shape:
+                return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+    return arrays[info.filename.removesuffix(".npy")]
+
+
+def _checksums(members: dict[str, zipfile.ZipInfo], used: list[str]) -> str:
+    """The zip directory's own checksums: by content, and nothing needs to be read."""
+    entries = [(k, members[k].file_size, members[k].CRC) for k in used]
+    return hashlib.sha256(repr(entries).encode()).hexdigest()
