@@ -32,7 +32,9 @@ NETWORK = fastphi.UNetConfig(channels=(16, 32, 64, 128))
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fastphi.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write")
-    parser.add_argument("--data", type=Path, help="a folder of photographs (default: scikit-learn's)")
+    parser.add_argument(
+        "--data", type=Path, help="a folder of photographs (default: scikit-learn's)"
+    )
     parser.add_argument("--steps", type=int, default=1500, help="training steps of 64 patches")
     arguments = parser.parse_args()
     try:
@@ -204,7 +206,9 @@ def _denoised(report: Report, model: Any, heldout: Any) -> None:
     rows, labels = [images], ["clean"]
     with torch.no_grad():
         for k, sigma in enumerate((0.1, 0.3, 0.6)):
-            z = noise.normal(0, range(len(images)), noise.stream("evaluate", k), 1, images.shape[1:])
+            z = noise.normal(
+                0, range(len(images)), noise.stream("evaluate", k), 1, images.shape[1:]
+            )
             noisy = images + sigma * z
             rows += [noisy, model(noisy)]
             labels += [f"σ = {sigma}", "denoised"]
