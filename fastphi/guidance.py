@@ -1,0 +1,156 @@
+"""The guidance step (Algorithm 2): move images until φ is the target's, at one noise level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastphi import engine, validate
+
+if TYPE_CHECKING:
+    from fastphi.unet import UNet
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """What a match gives.
+
+    x: (N, C, H, W), the matched images.
+    losses: (max_iter + 1, N), L before each update and after the last; NaN after an image stopped.
+    updates: (N,) int64, how many updates each image took.
+    converged: (N,) bool, whether L fell to `tolerance` times its first value.
+    """
+
+    x: Tensor
+    losses: Tensor
+    updates: Tensor
+    converged: Tensor
+
+    @property
+    def first(self) -> Tensor:
+        """(N,): L of the images as they came."""
+        return self.losses[0]
+
+    @property
+    def last(self) -> Tensor:
+        """(N,): L of the images as they are."""
+        return self.losses.gather(0, self.updates[None])[0]
+
+
+def match_phi(
+    model: UNet,
+    x: Tensor,
+    target: Tensor,
+    *,
+    lr: float = 0.01,
+    max_iter: int = 100,
+    tolerance: float = 0.01,
+    channels: Any = None,
+    zero_elsewhere: bool = False,
+) -> MatchResult:
+    """Algorithm 2: minimise each image's L(x) = mean_c (φ_c(x) − φ*_c)² over its pixels by Adam.
+
+    x: (N, C, H, W), noisy images, in the model's dtype and on its device; not changed.
+    target: φ*, (N, channels[-1]), or one for all: (channels[-1],) or (1, channels[-1]).
+    lr: Adam's, in units of images in [0, 1] (β 0.9 and 0.999, ε 1e-8, a fresh state).
+    max_iter: updates at most. tolerance: an image is frozen, without a further update, once
+        L <= tolerance · L(first); 0 never stops early.
+    channels: channel numbers that the loss is the mean over (default: all).
+    zero_elsewhere: the authors' form of a subset: the target is zero outside `channels`, and the
+        loss is the mean over all channels.
+
+    Each image minimises its own L, so the result never depends on who shares the batch. Only the
+    encoder and the middle block run; the model is left as found.
+
+    Raises ValueError (TypeError for a wrong type) for arguments that do not fit, FloatingPointError
+    where NaN or Inf arises, naming image and update.
+    """
+    validate.images(x, model.config)
+    validate.like_model(x, next(model.parameters()))
+    validate.finite(x, "x")
+    channels = validate.channel_subset(channels, model.config.channels[-1])
+    target = _target(target, len(x), model.config.channels[-1], channels)
+    check_options(lr, max_iter, tolerance)
+    result = match(model, x, target, lr, max_iter, tolerance, channels, zero_elsewhere)
+    bad = ~torch.isfinite(result.x).flatten(1).all(1) | ~torch.isfinite(result.last)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        t = int(torch.isfinite(result.losses[:, i]).sum())
+        raise FloatingPointError(
+            f"match: NaN or Inf in image {i} at update {t} of at most {max_iter}"
+        )
+    return result
+
+
+def match(
+    model: UNet,
+    x: Tensor,
+    target: Tensor,
+    lr: float,
+    max_iter: int,
+    tolerance: float,
+    channels: tuple[int, ...] | None = None,
+    zero_elsewhere: bool = False,
+) -> MatchResult:
+    """`match_phi` on arguments that were checked before; target: (N, channels[-1])."""
+    weight = loss_weight(channels, zero_elsewhere, target)
+    # Inside a caller's inference mode no gradient could be taken.
+    with torch.inference_mode(False), torch.no_grad():
+        x, target = x.detach().clone().contiguous(), restrict(target, channels).to(x).contiguous()
+        prepared = engine.runner(model, x)
+        return MatchResult(*prepared.match(x, target, weight.to(x), lr, max_iter, tolerance))
+
+
+def check_options(lr: float, max_iter: int, tolerance: float) -> None:
+    """ValueError or TypeError where an option of Algorithm 2 cannot be."""
+    validate.number(lr, "lr", low=0, open_low=True)
+    validate.integer(max_iter, "max_iter", low=0)
+    validate.number(tolerance, "tolerance", low=0, high=1)
+
+
+def check_subset(channels: tuple[int, ...] | None, zero_elsewhere: bool) -> None:
+    """zero_elsewhere says what lies outside of a subset, so there must be one."""
+    if zero_elsewhere and channels is None:
+        raise ValueError(
+            "zero_elsewhere: expected `channels` with it, the ones that are not zeroed"
+        )
+
+
+def loss_weight(channels: tuple[int, ...] | None, zero_elsewhere: bool, like: Tensor) -> Tensor:
+    """(C,): weight of each channel in L = Σ_c w_c (φ_c − φ*_c)², for targets like `like` (N, C)."""
+    check_subset(channels, zero_elsewhere)
+    count = like.shape[1]
+    if channels is None or zero_elsewhere:
+        return like.new_full((count,), 1 / count)
+    weight = like.new_zeros(count)
+    weight[list(channels)] = 1 / len(channels)
+    return weight
+
+
+def restrict(phi: Tensor, channels: tuple[int, ...] | None) -> Tensor:
+    """φ (N, C) with zeros outside of `channels`."""
+    if channels is None:
+        return phi
+    kept = torch.zeros_like(phi)
+    kept[:, list(channels)] = phi[:, list(channels)]
+    return kept
+
+
+def _target(target: Any, n: int, count: int, channels: tuple[int, ...] | None) -> Tensor:
+    """φ* as (n, count), checked."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor (N, {count}), got {type(target).__name__}")
+    shape = tuple(target.shape)
+    if shape not in ((count,), (1, count), (n, count)):
+        raise ValueError(
+            f"target: expected φ* of shape ({n}, {count}), (1, {count}) or ({count},) for {n} "
+            f"image(s) and this model's {count} channels, got {shape}"
+        )
+    if not target.is_floating_point():
+        raise ValueError(f"target: expected floating point, got {target.dtype}")
+    target = target.detach().reshape(-1, count)
+    validate.finite(restrict(target, channels), "target")
+    return target.expand(n, count)

@@ -1,0 +1,165 @@
+"""The record of a run: what each step did, the state on disk, going on from it to the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastphi import engine, validate
+from fastphi.result import TABLES, Reconstruction
+
+if TYPE_CHECKING:
+    from fastphi.sampling import Sampler, State, StepInfo
+
+
+class Record:
+    """Rows of the tables, one per step, and every k-th x; may be a row ahead of the state."""
+
+    def __init__(self, sampler: Sampler, path: str | os.PathLike[str] | None) -> None:
+        self.path = path
+        self.samples = torch.from_numpy(sampler.samples)
+        self.every = sampler.plan.store_progress
+        self.settings = run_settings(sampler)
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in TABLES}
+        self.kept: list[Tensor] = []
+        self._stored_step = -1
+
+    def add(self, info: StepInfo, after: State) -> None:
+        n, rows = len(self.samples), torch.from_numpy(info.rows)
+        match = info.match
+        values = (
+            torch.from_numpy(info.sigma),
+            match.first,
+            match.last,
+            match.updates,
+            match.converged,
+        )
+        for name, value in zip(TABLES, values, strict=True):
+            value = value.cpu().double() if value.is_floating_point() else value.cpu()
+            row = value.new_full((n,), torch.nan if value.is_floating_point() else 0)
+            row[rows] = value
+            self.rows[name].append(row)
+        if self.every and after.step % self.every == 0:
+            self.kept.append(after.x.detach().cpu())
+
+    def result(self, state: State, finished: bool) -> Reconstruction:
+        """The run up to `state`."""
+        kept = self.kept[: state.step // self.every] if self.every else []
+        return Reconstruction(
+            images=state.x,
+            samples=self.samples,
+            sigma_hat=torch.from_numpy(state.sigma),
+            settings=self.settings,
+            finished=finished,
+            progress=torch.stack(kept) if kept else None,
+            **{name: _stack(self.rows[name][: state.step], name, self.samples) for name in TABLES},
+        )
+
+    def store(self, state: State) -> None:
+        if self.path is not None and state.step != self._stored_step:
+            self.result(state, finished=False).save(self.path)
+            self._stored_step = state.step
+
+    def rescue(self, state: State) -> None:
+        """Store on the way out of an error, whose message matters more than one of the disk."""
+        with contextlib.suppress(OSError):
+            self.store(state)
+
+    def finish(self, state: State) -> Reconstruction:
+        result = self.result(state, finished=True)
+        if self.path is not None:
+            result.save(self.path)
+        return result
+
+    def restore(self, earlier: Reconstruction) -> None:
+        for name in TABLES:
+            self.rows[name] = list(getattr(earlier, name))
+        self.kept = [] if earlier.progress is None else list(earlier.progress)
+        self._stored_step = len(earlier.sigma)
+
+
+def run_settings(sampler: Sampler) -> dict[str, Any]:
+    """All that decides the bits of a result."""
+    from fastphi.checkpoint import fingerprint  # needs safetensors, which `import fastphi` does not
+
+    model, targets, plan = sampler.model, sampler.targets, sampler.plan
+    like = torch.empty(1, *plan.shape, dtype=sampler.dtype, device=sampler.device)
+    return {
+        "model": fingerprint(model),
+        "engine": engine.pick(model, like).name,
+        "device": sampler.device.type,
+        "dtype": str(sampler.dtype).removeprefix("torch."),
+        "targets": None if targets is None else targets.state(),
+        **plan.settings(matching=targets is not None),
+    }
+
+
+def earlier_run(
+    path: str | os.PathLike[str] | None, settings: dict[str, Any]
+) -> Reconstruction | None:
+    """The run stored at `path`, None where there is none; ValueError where it is another run."""
+    if path is None or not os.path.exists(path):
+        return None
+    earlier = Reconstruction.load(path)
+    differing = list(_differences(earlier.settings, settings))
+    if differing:
+        raise ValueError(
+            f"save: {os.fspath(path)} holds a run with other settings: {'; '.join(differing)}. "
+            "Give another path, or resume=False to overwrite it"
+        )
+    return earlier
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """What differs, named, with values where they are short."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(there.get(key), here.get(key), inner)
+    elif there != here:
+        texts = [repr(value) for value in (there, here)]
+        short = all(len(text) <= 40 for text in texts)
+        yield f"{name} ({texts[0]} there, {texts[1]} here)" if short else name
+
+
+def _stack(rows: list[Tensor], name: str, samples: Tensor) -> Tensor:
+    if rows:
+        return torch.stack(rows)
+    kinds = {"updates": torch.int64, "converged": torch.bool}
+    return torch.empty(0, len(samples), dtype=kinds.get(name, torch.float64))
+
+
+@contextlib.contextmanager
+def progress_bar(sampler: Sampler, done: int, shown: bool) -> Iterator[Callable[[StepInfo], None]]:
+    """A bar of steps (schedule), or a count of them (adaptive, which ends when the images do)."""
+    if not shown:
+        yield lambda info: None
+        return
+    from tqdm.auto import tqdm
+
+    total = sampler.plan.steps if sampler.plan.form == "schedule" else None
+    with tqdm(total=total, initial=done, unit="step") as bar:
+
+        def show(info: StepInfo) -> None:
+            bar.set_postfix_str(
+                f"{len(info.rows)} images, σ {np.median(info.sigma_hat):.3f}", False
+            )
+            bar.update()
+
+        yield show
+
+
+def check_run_options(callback: Any, save: Any, save_every: Any) -> None:
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a function of one argument, got {callback!r}")
+    if save is not None and not isinstance(save, (str, os.PathLike)):
+        raise TypeError(f"save: expected a path, got {type(save).__name__}")
+    if save is not None and os.path.isdir(save):
+        raise ValueError(f"save: {os.fspath(save)} is a folder, expected the path of a file")
+    validate.integer(save_every, "save_every", low=1)
