@@ -1,0 +1,283 @@
+"""Training of the blind denoiser (§2.1, Appendix A).
+
+    Trainer(TrainConfig(data="pack", out="run")).run()
+
+The order of the images, their noise levels and their noise are functions of (seed, image, epoch):
+the same whatever the number of processes, and after a resume. Several processes:
+torchrun --nproc-per-node 4 --no-python fastphi train ...; the batch is divided among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastphi import data, engine, files, noise, training_folder, validate
+from fastphi.training_config import TrainConfig
+from fastphi.training_log import Callback, Writer
+from fastphi.training_process import Interrupts, World, deterministic, prefetched
+from fastphi.unet import TrainingInfo, UNet
+
+__all__ = ["TrainConfig", "Trainer", "psnr"]
+
+log = logging.getLogger("fastphi")
+
+
+def psnr(
+    model: UNet,
+    images: Any,
+    sigmas: Any,
+    *,
+    indices: Any = None,
+    seed: int = 0,
+    batch: int = 64,
+) -> dict[float, float]:
+    """PSNR of the denoised image in dB, per noise level: {σ: dB}.
+
+    10 log10(1/MSE) per image (peak 1; MSE over pixels and channels), then the mean over images.
+    Neither the noisy nor the denoised image is clipped. Noise is a function of (seed, image, place
+    of σ in the list). images: anything `fastphi.data.open_images` takes; indices: which (all).
+    Raises ValueError or TypeError for images, levels or indices that cannot be.
+    """
+    opened = data.open_images(images)
+    sigmas = validate.sigmas(sigmas)
+    indices = np.arange(len(opened)) if indices is None else np.asarray(indices)
+    if not len(indices):
+        raise ValueError("indices: expected at least one image, got none")
+    validate.integer(batch, "batch", low=1)
+    device = next(model.parameters()).device
+    total = np.zeros(len(sigmas))
+    for part in np.array_split(indices, -(-len(indices) // batch)):
+        clean = opened.batch(part).to(device)
+        for k, sigma in enumerate(sigmas):
+            z = noise.normal(seed, part, noise.stream("evaluate", k), 0, opened.shape).to(device)
+            with torch.no_grad():
+                x = clean + sigma * z
+                # by the ops, as they take a whole batch at a time in every engine
+                denoised = model.walk(engine.pick(model, x).ops, x)
+            mse = (denoised - clean).double().square().mean(dim=(1, 2, 3))
+            total[k] += float(-10 * torch.log10(mse).sum())
+    return {sigma: float(t) / len(indices) for sigma, t in zip(sigmas, total, strict=True)}
+
+
+@dataclass
+class Batch:
+    """One process's share of a step. clean, noise: (n, C, H, W); sigma: (n, 1, 1, 1)."""
+
+    indices: np.ndarray
+    sigma: Tensor
+    clean: Tensor
+    noise: Tensor
+
+    def split(self, size: int) -> list[Batch]:
+        at = range(0, len(self.indices), size)
+        return [Batch(*(v[i : i + size] for v in vars(self).values())) for i in at]
+
+
+class Trainer:
+    """A training run: `config.out` holds its state, and the same config goes on from there.
+
+    images: what to train on, where `config.data` is not given: anything `fastphi.data.open_images`
+    takes. Raises ValueError or TypeError, before any work, for what cannot be trained.
+    """
+
+    def __init__(self, config: TrainConfig, images: Any = None) -> None:
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
+        if (images is None) == (config.data is None):
+            raise ValueError("data: give either the path of a pack or images to the Trainer")
+        self.config, self.world = config, World.here()
+        self.images = data.open_images(config.data if images is None else images)
+        self.heldout: data.Images = self.images
+        self._split()
+        self.steps_per_epoch = len(self.training) // config.batch
+        self.steps = min(self.steps_per_epoch * config.epochs, config.max_steps or 1 << 62)
+        self.device = config.find_device(self.world.local_rank)
+        self.amp = config.mixed_precision(self.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)  # this generator, no device's
+            self.model = UNet(config.model, backend=config.backend).to(self.device)
+        low, high = float(config.sigma_min or 0), config.sigma_max
+        name = config.data.name if config.data else "images in memory"
+        self.model.training_info = TrainingInfo(low, high, self.images.mean, name)
+        with self._autocast():  # an engine that cannot serve says so now
+            self.engine = engine.pick(self.model, torch.empty(0, device=self.device)).name
+        if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("tensorboard: the package is not installed (pip install tensorboard)")
+        self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr)
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)
+        self.step, self.seconds = 0, 0.0
+
+    def run(self, callback: Callback | None = None, progress: bool = True) -> UNet:
+        """Train to the end, or go on from the newest checkpoint in `config.out`.
+
+        callback: called after every line of the log with that line (a dict), on the first process.
+        Raises ValueError where the folder holds a run of other settings, FloatingPointError where
+        the loss or its gradient is NaN or Inf, OSError where a file cannot be written. Ctrl-C and
+        SIGTERM write a checkpoint of the last completed step first.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.world.joined(self.device))
+            if self.world.rank == 0:
+                stack.enter_context(files.locked(self.config.out, "out"))
+            stack.enter_context(deterministic())
+            stack.enter_context(torch.enable_grad())
+            training_folder.resume(self)
+            if self.step < self.steps:
+                self._train(stack.enter_context(Interrupts()), callback, progress)
+        return self.model
+
+    # --- the algorithm ---
+
+    def _train(self, interrupts: Interrupts, callback: Callback | None, progress: bool) -> None:
+        """Steps from self.step on; on Ctrl-C or SIGTERM a checkpoint of the last completed one."""
+        denoiser: nn.Module = self.model
+        if self.config.compile:
+            denoiser = torch.compile(denoiser)  # type: ignore[assignment]
+        if self.world.size > 1:
+            denoiser = DistributedDataParallel(denoiser)
+        writer = Writer(self, callback, progress) if self.world.rank == 0 else None
+        batches = prefetched(self._draw, range(self.step, self.steps))
+        try:
+            with contextlib.closing(batches):
+                began = time.perf_counter() - self.seconds
+                for batch in batches:
+                    loss = self._gradient(denoiser, batch)
+                    with interrupts.hold():  # parameters, step and log go together
+                        self._set_lr()
+                        self.optimizer.step()
+                        self.step += 1
+                        self.seconds = time.perf_counter() - began
+                        if writer:
+                            writer.trained(loss)
+                    if writer:
+                        writer.after_step()
+        except (KeyboardInterrupt, SystemExit):
+            if writer:
+                with interrupts.hold():
+                    writer.checkpoint()
+                log.warning("stopped after step %d; the same command goes on from there", self.step)
+            raise
+        finally:
+            if writer:
+                writer.close()
+
+    def _draw(self, step: int) -> Batch:
+        """This process's images of a step, their noise levels and their noise."""
+        c, epoch = self.config, step // self.steps_per_epoch
+        share = c.batch // self.world.size
+        at = step % self.steps_per_epoch * c.batch + self.world.rank * share
+        indices = self.training[self._order(epoch)[at : at + share]]
+        sigma = c.sigmas(noise.uniform(c.seed, indices, noise.stream("sigma"), epoch))
+        z = noise.normal(c.seed, indices, noise.stream("train"), epoch, self.images.shape)
+        return Batch(
+            indices,
+            torch.from_numpy(sigma).float().reshape(-1, 1, 1, 1).to(self.device),
+            self.images.batch(indices).to(self.device),
+            z.to(self.device),
+        )
+
+    def _gradient(self, denoiser: nn.Module, batch: Batch) -> float:
+        """Gradient of E‖x̂(x) − clean‖² over the whole batch; the loss per pixel and channel."""
+        self.optimizer.zero_grad()
+        parts = batch.split(self.config.micro_batch or len(batch.indices))
+        losses = []
+        for part in parts:
+            with self._synchronised(denoiser, part is parts[-1]):
+                x = part.clean + part.sigma * part.noise
+                with self._autocast():
+                    # channels last: the layout in which convolutions are fastest
+                    denoised = denoiser(x.contiguous(memory_format=torch.channels_last))
+                loss = (denoised.float() - part.clean).square().sum(dim=(1, 2, 3))
+                if self.config.loss_weight == "inverse-variance":
+                    loss = loss / part.sigma.flatten() ** 2
+                # the mean over this process's images; averaged over processes by DDP
+                (loss.sum() / len(batch.indices)).backward()
+            losses.append(loss.detach())
+        return self._checked(torch.cat(losses), batch)
+
+    def _set_lr(self) -> None:
+        c = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr * 0.5 ** (self.step // self.steps_per_epoch // c.lr_halve_every)
+
+    # --- around it ---
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return noise.permutation(self.config.seed, len(self.training), noise.stream("order"), epoch)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def _synchronised(self, denoiser: nn.Module, last: bool) -> Any:
+        """Processes exchange gradients once per step, with its last micro-batch."""
+        if last or not isinstance(denoiser, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return denoiser.no_sync()
+
+    def _checked(self, losses: Tensor, batch: Batch) -> float:
+        """The loss over all processes; FloatingPointError on all of them where it is not finite."""
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None]
+        )
+        both = torch.stack([losses.double().sum(), norm.double()])
+        loss, norm = self.world.sum(both).tolist()
+        if not np.isfinite(loss + norm):
+            bad = ~torch.isfinite(losses).cpu()
+            sigma = batch.sigma.flatten().cpu()[bad].tolist()
+            where = list(zip(batch.indices[bad.numpy()].tolist(), sigma, strict=True))
+            raise FloatingPointError(self._not_finite(sum(self.world.gather(where), [])))
+        return loss / self.config.batch / int(np.prod(self.images.shape))
+
+    def _not_finite(self, where: list[tuple[int, float]]) -> str:
+        named = [f"image {i} at σ = {s:.4g}" for i, s in where[:16]]
+        return (
+            f"step {self.step + 1}: the {'loss' if named else 'gradient'} is NaN or Inf"
+            + (f" ({', '.join(named)}{', ...' if len(where) > 16 else ''})" if named else "")
+            + f"; the parameters are as after step {self.step}, and the checkpoints intact"
+        )
+
+    def _split(self) -> None:
+        """Which images train, which are held out; checks that they suit the model and the batch."""
+        c, n = self.config, len(self.images)
+        holdout = c.holdout
+        if holdout is None:
+            holdout = 0 if c.heldout is not None else min(1000, n // 20)
+        validate.integer(holdout, "holdout", low=0, high=n - 1)
+        self.training, self.held_indices = self.images.split(holdout, c.seed)
+        if c.heldout is not None:
+            self.heldout = data.open_images(c.heldout)
+            self.held_indices = np.arange(len(self.heldout))
+        for name, images in (("data", self.images), ("heldout", self.heldout)):
+            validate.images(torch.empty(1, *images.shape), c.model, name)
+        if len(self.training) < c.batch:
+            raise ValueError(
+                f"batch: {c.batch} images, but only {len(self.training)} to train on "
+                f"({n}, of which {holdout} are held out)"
+            )
+        if c.batch % self.world.size:
+            raise ValueError(
+                f"batch: {c.batch} images cannot be divided among {self.world.size} processes"
+            )
+
+    def _evaluate(self) -> dict[float, float]:
+        """PSNR of the held-out images, in float32 whatever the training's precision."""
+        batch = min(64, self.config.micro_batch or 64)
+        return psnr(
+            self.model,
+            self.heldout,
+            self.config.evaluation_sigmas(),
+            indices=self.held_indices,
+            seed=self.config.seed,
+            batch=batch,
+        )

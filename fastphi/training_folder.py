@@ -1,0 +1,201 @@
+"""The folder of a training run: what is saved, and how a run goes on from it.
+
+A run that is killed at any moment leaves a folder from which the same settings go on, to the same
+bits: checkpoints appear whole or not at all, and so does the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import pickle
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastphi import checkpoint, files
+from fastphi.training_config import FREE
+
+if TYPE_CHECKING:
+    from fastphi.train import Trainer
+
+log = logging.getLogger("fastphi")
+FORMAT = 1
+
+
+def resume(trainer: Trainer) -> None:
+    """Every process to the newest checkpoint; the first starts the run where there is none."""
+    state = trainer.world.first(lambda: _find(trainer))
+    if state is not None:
+        trainer.model.load_state_dict(state["model"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.step, trainer.seconds = state["step"], state["seconds"]
+    _put_steps(trainer)
+    if trainer.world.rank == 0 and trainer.step == trainer.steps and not _model(trainer).exists():
+        checkpoint.save(trainer.model, _model(trainer))
+
+
+def save(trainer: Trainer) -> None:
+    """Model, then checkpoint: where the last step's checkpoint is, the finished model is, too."""
+    _put_steps(trainer)
+    checkpoint.save(trainer.model, _model(trainer))
+    _save_checkpoint(trainer)
+
+
+def _find(trainer: Trainer) -> dict[str, Any] | None:
+    """The state to go on from; a new run's folder is made this run's."""
+    out = trainer.config.out
+    checkpoints = Checkpoints(out, trainer.config.keep)
+    leftovers = [*out.glob(".*.tmp"), *checkpoints.folder.glob(".*.tmp")]
+    for path in leftovers:  # by a run that was killed while it wrote; we hold the lock
+        path.unlink(missing_ok=True)
+    state = checkpoints.newest()
+    if state is None:
+        if _model(trainer).exists():
+            raise ValueError(
+                f"out: {_model(trainer)} is there, but no checkpoint to go on from; choose "
+                "another folder, or move it away"
+            )
+        _write_config(trainer)
+        _save_checkpoint(trainer)
+        return None
+    _check_identity(trainer, json.loads(state["identity"]))
+    _write_config(trainer)
+    here, there = _environment(trainer), json.loads(state["environment"])
+    if other := [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]:
+        log.warning("resuming elsewhere, not to the same bits: %s", ", ".join(other))
+    log.info("%s: going on from step %d of %d", out, state["step"], trainer.steps)
+    return state
+
+
+def _check_identity(trainer: Trainer, theirs: dict[str, Any]) -> None:
+    mine = _identity(trainer)
+    differ = [k for k in mine if mine[k] != theirs.get(k)]
+    if differ:
+        raise ValueError(
+            f"out: {trainer.config.out} holds a run of other settings: "
+            + "; ".join(f"{k} was {theirs.get(k)}, is {mine[k]}" for k in differ)
+            + "; choose another folder, or the same settings"
+        )
+
+
+def _identity(trainer: Trainer) -> dict[str, Any]:
+    """What a run must share with a checkpoint to go on from it."""
+    settings = {k: v for k, v in trainer.config.to_dict().items() if k not in FREE}
+    settings["holdout"] = len(trainer.held_indices)
+    held = trainer.heldout.sha256 if trainer.config.heldout else None
+    return settings | {"data": trainer.images.sha256, "heldout": held}
+
+
+def _environment(trainer: Trainer) -> dict[str, Any]:
+    """What the bits depend on beside the settings."""
+    return {
+        "device": trainer.device.type,
+        "engine": trainer.engine,
+        "bf16": trainer.amp,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": trainer.world.size,
+    }
+
+
+def _write_config(trainer: Trainer) -> None:
+    facts = {
+        "config": trainer.config.to_dict(),
+        "images": len(trainer.images),
+        "training_images": len(trainer.training),
+        "steps": trainer.steps,
+        "environment": _environment(trainer),
+    }
+    files.write_json(trainer.config.out / "config.json", facts)
+
+
+def _save_checkpoint(trainer: Trainer) -> None:
+    Checkpoints(trainer.config.out, trainer.config.keep).save(
+        {
+            "step": trainer.step,
+            "seconds": trainer.seconds,
+            "identity": json.dumps(_identity(trainer)),
+            "environment": json.dumps(_environment(trainer)),
+            "model": trainer.model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+        }
+    )
+
+
+def _put_steps(trainer: Trainer) -> None:
+    info = trainer.model.training_info
+    trainer.model.training_info = dataclasses.replace(info, steps=trainer.step)
+
+
+def _model(trainer: Trainer) -> Path:
+    return trainer.config.out / "model.safetensors"
+
+
+class Checkpoints:
+    """out/checkpoints/step-0000123.pt: tensors and plain values, the last `keep` of them."""
+
+    def __init__(self, out: Path, keep: int) -> None:
+        self.folder, self.keep = out / "checkpoints", keep
+
+    def paths(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write one, then remove the oldest. OSError where there is no room: the others stay."""
+        path = self.folder / f"step-{state['step']:07d}.pt"
+        content = io.BytesIO()  # torch.save to a path reports a full disk as a bare RuntimeError
+        torch.save({"format": FORMAT, **state}, content)
+        try:
+            with files.atomic_write(path) as temporary:
+                temporary.write_bytes(content.getbuffer())
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the checkpoint could not be written ({error.strerror}); earlier ones are intact",
+                str(path),
+            ) from error
+        older = [p for p in self.paths() if p.name <= path.name]
+        for old in older[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint, on the CPU; None where there is none at all.
+
+        A broken one is passed over with a warning; ValueError where all are.
+        """
+        paths = self.paths()
+        for path in reversed(paths):
+            try:
+                return _read(path)
+            except _Broken as error:
+                log.warning("%s is broken (%s): going back to the one before", path, error)
+        if paths:
+            raise ValueError(
+                f"out: no checkpoint in {self.folder} can be read; delete it, or choose another out"
+            )
+        return None
+
+
+class _Broken(Exception):
+    pass
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if bad := archive.testzip():
+                raise _Broken(f"wrong checksum of {bad}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise _Broken(str(error).split("\n")[0]) from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise _Broken("not a checkpoint of fastphi")
+    if state["format"] != FORMAT:
+        raise ValueError(f"{path}: format {state['format']}, this fastphi reads {FORMAT}")
+    return state

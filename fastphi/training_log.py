@@ -1,0 +1,128 @@
+"""What the first process of a training run does after a step: log, evaluate, save."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from fastphi import files, training_folder
+
+if TYPE_CHECKING:
+    from fastphi.train import Trainer
+
+log = logging.getLogger("fastphi")
+Callback = Callable[[dict[str, Any]], Any]
+
+
+class Log:
+    """log.jsonl: one JSON object per line, in order of step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Open to append, without lines after `step` and a line that a kill left half-written."""
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines(True) if _up_to(line, step)]
+            with files.atomic_write(path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+        self._file = open(path, "a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """On disk before a checkpoint is: so that a resumed run misses no line."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _up_to(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+class Writer:
+    """What the first process does after a step: log, evaluate, save."""
+
+    def __init__(self, trainer: Trainer, callback: Callback | None, progress: bool) -> None:
+        self.trainer, self.callback = trainer, callback
+        self.log = Log(trainer.config.out / "log.jsonl", trainer.step)
+        self.bar = tqdm(
+            total=trainer.steps,
+            initial=trainer.step,
+            disable=None if progress else True,  # None: no bar where stderr is not a terminal
+            unit="step",
+        )
+        self.board = None
+        if trainer.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(trainer.config.out / "tensorboard")
+            self.board = SummaryWriter(folder, purge_step=trainer.step + 1)
+        self.seen = (trainer.step, trainer.seconds)
+        self.fresh: dict[str, Any] | None = None
+
+    def trained(self, loss: float) -> None:
+        t, c = self.trainer, self.trainer.config
+        self.bar.update()
+        self.fresh = None
+        if t.step % c.log_every and t.step != t.steps:
+            return
+        steps, seconds = t.step - self.seen[0], t.seconds - self.seen[1]
+        self.seen = (t.step, t.seconds)
+        self.fresh = {
+            "step": t.step,
+            "epoch": (t.step - 1) // t.steps_per_epoch,
+            "loss": loss,
+            "lr": t.optimizer.param_groups[0]["lr"],
+            "seconds": round(t.seconds, 3),
+            "images_per_second": round(steps * c.batch / max(seconds, 1e-9), 2),
+        }
+        self.log.write(self.fresh)
+
+    def after_step(self) -> None:
+        t, c = self.trainer, self.trainer.config
+        if self.fresh:
+            self._tell(self.fresh)
+        last = t.step == t.steps
+        if len(t.held_indices) and (t.step % c.evaluate_every == 0 or last):
+            self._evaluate()
+        if t.step % c.checkpoint_every == 0 or last:
+            self.checkpoint()
+
+    def _evaluate(self) -> None:
+        t = self.trainer
+        found = t._evaluate()
+        record = {"step": t.step, "psnr": {str(s): round(v, 4) for s, v in found.items()}}
+        self.log.write(record)
+        levels = ", ".join(f"{v:.2f} at {s:.3g}" for s, v in found.items())
+        log.info("step %d: PSNR %s", t.step, levels)
+        self._tell(record)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        if self.board:
+            for name, value in record.items():
+                many = value if isinstance(value, dict) else {"": value}
+                for key, scalar in many.items():
+                    self.board.add_scalar(f"{name}/{key}".rstrip("/"), scalar, record["step"])
+        if self.callback:
+            self.callback(record)
+
+    def checkpoint(self) -> None:
+        self.log.sync()
+        training_folder.save(self.trainer)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.log.close()
+        if self.board:
+            self.board.close()
