@@ -218,7 +218,9 @@ def _choose(
 ) -> tuple[list[np.ndarray], list[int], list[tuple[int, str]]]:
     """Rows of each shard to keep, their source indices, and (index, reason) of the others."""
     first: dict[bytes, int] = {}
-    chosen, items, skipped = [], [], []
+    chosen: list[np.ndarray] = []
+    items: list[int] = []
+    skipped: list[tuple[int, str]] = []
     for start in starts:
         kept, digests, left, reasons = shards.read(
             parts, start, "kept", "digests", "skipped", "reasons"

@@ -1,4 +1,9 @@
-"""One image to uint8 pixels, a shard of images to a file, and all shards by several processes."""
+"""One image to uint8 pixels, a shard of images to a file, and all shards by several processes.
+
+`convert` measured on one of 2 cores of a shared Xeon virtual machine, from encoded bytes, in four
+runs: 8,000 to 9,100 JPEGs/s of 64x64 (2 kB; 2048 of them), 660 to 790 of 500x375 (76 kB; one, 300
+times).
+"""
 
 from __future__ import annotations
 
@@ -150,7 +155,7 @@ def read(parts: Path, start: int, *names: str) -> list[np.ndarray]:
     """The named arrays of the shard that begins at source image `start`."""
     path = _part(parts, start)
     try:
-        with np.load(path) as shard:
+        with open(path, "rb") as f, np.load(f) as shard:
             return [shard[name] for name in names]
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
         path.unlink(missing_ok=True)
