@@ -96,12 +96,13 @@ def match(
     zero_elsewhere: bool = False,
 ) -> MatchResult:
     """`match_phi` on arguments that were checked before; target: (N, channels[-1])."""
-    weight = loss_weight(channels, zero_elsewhere, target)
-    # Inside a caller's inference mode no gradient could be taken.
+    # Inside a caller's inference mode no gradient could be taken, nor of what was made there.
     with torch.inference_mode(False), torch.no_grad():
-        x, target = x.detach().clone().contiguous(), restrict(target, channels).to(x).contiguous()
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        target = restrict(target.detach().clone(), channels).to(x).contiguous()
+        weight = loss_weight(channels, zero_elsewhere, target)
         prepared = engine.runner(model, x)
-        return MatchResult(*prepared.match(x, target, weight.to(x), lr, max_iter, tolerance))
+        return MatchResult(*prepared.match(x, target, weight, lr, max_iter, tolerance))
 
 
 def check_options(lr: float, max_iter: int, tolerance: float) -> None:

@@ -114,15 +114,14 @@ class Reconstruction:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    with open(path, "rb") as f, np.load(f, allow_pickle=False) as archive:
+    with open(path, "rb") as f:
+        archive = np.load(f, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("an array, not an .npz")
         header = json.loads(str(archive["header"]))
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError("another format")
-        arrays = {
-            name: torch.from_numpy(archive[name]) for name in archive.files if name != "header"
-        }
+        arrays = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "header"}
     n = len(arrays["images"])
     for name in (*TABLES, "samples", "sigma_hat"):
         if arrays[name].shape[-1] != n or (name in TABLES and arrays[name].dim() != 2):

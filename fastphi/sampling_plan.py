@@ -138,7 +138,8 @@ def _schedule(sigmas: Any, info: TrainingInfo) -> tuple[float, ...]:
             log.warning(f"schedule: σ from {first:g} to {last:g}, clipped to the training range")
     else:
         _tell_outside(info, first, last)
-    return tuple(reference.schedule(first, last, steps))
+    levels = reference.schedule(first, last, steps)
+    return (*levels[:-1], last) if steps > 1 else (first,)  # `last` itself, not last ± an ulp
 
 
 def _triple(sigmas: Any) -> tuple[float, float, int]:
