@@ -1,0 +1,288 @@
+"""φ of many images: E_z[ā(x + σz)] by image, noise level and block (§2.2), out of core.
+
+Every number is a function of (model, image, its index in the data set, σ, draws, seed): batch size,
+order, processes and interruptions do not change a bit of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import fastphi
+from fastphi import checkpoint, data, engine, files, noise, processes, validate
+from fastphi.phi_store import FORMAT, VERSION, PhiStore, Writer, done_file, phi_file, row_numbers
+from fastphi.unet import UNet
+
+if TYPE_CHECKING:
+    from fastphi.data import Images
+
+__all__ = ["AUTHORS_SIGMAS", "PhiStore", "extract"]
+
+log = logging.getLogger("fastphi")
+
+# The noise levels of the authors' analyses, in units of images in [0, 1].
+_AUTHORS_LEVELS = "0 10 30 50 70 80 90 100 110 120 150 170 190 220 255 300 400 510 650 765"
+AUTHORS_SIGMAS = tuple(int(level) / 255 for level in _AUTHORS_LEVELS.split())
+
+_MAX_SIGMA = 1e6
+_MAX_DRAWS = (1 << 25) - 1  # see _counters
+
+Means = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a chunk of rows needs, in this process or another."""
+
+    model: UNet
+    images: Images
+    indices: np.ndarray  # (N,) the image of each row
+    blocks: tuple[str, ...]
+    draws: int
+    seed: int
+
+
+def extract(
+    model: UNet,
+    images: Any,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    sigmas: Sequence[float] | None = None,
+    draws: int = 20,
+    blocks: Sequence[str] | str = ("mid",),
+    seed: int = 0,
+    batch: int = 64,
+    workers: int = 1,
+    indices: Any = None,
+    progress: bool = False,
+) -> PhiStore:
+    """φ of every image at every noise level: the mean of ā(x + σz) over noise draws (§2.2).
+
+    images: a pack (or its path), or a float tensor or array (N, C, H, W) in [0, 1].
+    out: the folder of the store; None keeps it in memory. An interrupted extraction goes on where
+        it stopped, to the same bits; a finished one returns at once; `sigmas` may be added later.
+    sigmas: noise levels, in units of the images; default: AUTHORS_SIGMAS up to the top of the
+        model's training range. One outside of it is allowed, with a warning.
+    draws: noise draws per image and level; one at σ = 0.
+    blocks: names from `model.config.block_names`, or "all". The network stops after the last one.
+    batch: images at a time; bounds memory. workers: processes, for a model on the CPU (a script
+        then needs the usual `if __name__ == "__main__":`); its threads are divided among them.
+    indices: only these images, one row each, in this order; default: all.
+
+    Raises ValueError or TypeError before any work for bad input, or a store in `out` that is of
+    another model, data set or setting; FloatingPointError where φ has NaN or Inf.
+    """
+    validate.integer(draws, "draws", low=1, high=_MAX_DRAWS)
+    validate.seed(seed)
+    validate.integer(batch, "batch", low=1)
+    job = _job(model, images, indices, blocks, draws, seed)
+    _check_workers(model, workers)
+    levels = _levels(sigmas, model)
+    manifest = _manifest(job, levels, None if indices is None else job.indices)
+    if out is None:
+        return _extract_in_memory(job, manifest, levels, batch, workers, progress)
+    out = Path(out)
+    with files.locked(out, "extract"):
+        writer = Writer(out, manifest, None if indices is None else job.indices)
+        missing = PhiStore(out).missing()
+        todo = {s: missing[s] for s in levels if s in missing}
+        with contextlib.closing(_run(job, todo, batch, workers, progress)) as chunks:
+            for sigma, rows, means in chunks:
+                writer.write(sigma, rows, means)
+    return PhiStore(out)
+
+
+def _extract_in_memory(
+    job: _Job,
+    manifest: dict[str, Any],
+    levels: tuple[float, ...],
+    batch: int,
+    workers: int,
+    progress: bool,
+) -> PhiStore:
+    n = len(job.indices)
+    arrays: dict[str, np.ndarray] = {"indices.npy": job.indices}
+    for sigma in levels:
+        arrays[done_file(sigma)] = np.zeros(n, np.uint8)
+        for block, width in manifest["blocks"].items():
+            arrays[phi_file(sigma, block)] = np.zeros((n, width), np.float32)
+    todo = {sigma: np.arange(n) for sigma in levels}
+    for sigma, rows, means in _run(job, todo, batch, workers, progress):
+        for block, values in means.items():
+            arrays[phi_file(sigma, block)][rows] = values
+        arrays[done_file(sigma)][rows] = 1
+    return PhiStore.in_memory(manifest, arrays)
+
+
+# --- one chunk of images at one noise level -------------------------------------------------------
+
+
+def _chunk(job: _Job, sigma: float, rows: np.ndarray) -> Means:
+    """E_z[ā] of some rows: {block: (n, C) float32}; draws are summed in order, in float64."""
+    parameter = next(job.model.parameters())
+    ids = job.indices[rows]
+    x = job.images.batch(ids).to(parameter.device, parameter.dtype)
+    draws = job.draws if sigma > 0 else 1
+    total: dict[str, Any] = dict.fromkeys(job.blocks, 0)
+    with _plain(x.device):
+        for d in range(draws):
+            noisy = x
+            if sigma > 0:
+                stream, draw = _counters(sigma, d)
+                z = noise.normal(
+                    job.seed, ids, stream, draw, job.images.shape, device=x.device, dtype=x.dtype
+                )
+                noisy = x + sigma * z
+            means = job.model.block_means(noisy, until=job.blocks[-1])
+            for block in job.blocks:
+                total[block] = total[block] + means[block].double()
+    found = {block: (t / draws).float().cpu().numpy() for block, t in total.items()}
+    for block, values in found.items():
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+            raise FloatingPointError(
+                f"NaN or Inf in the means of block {block}: image {ids[row]}, sigma {sigma:g}"
+            )
+    return found
+
+
+@contextlib.contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """No gradients, and the model's own dtype: autocast would let results depend on the batch."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _counters(sigma: float, draw: int) -> tuple[int, int]:
+    """Noise stream and draw of draw d at σ: distinct for distinct σ, whichever others there are.
+
+    The 31 bits of a float32 σ >= 0 are spread over two counters: the low 24 are the index of the
+    stream, the other 7 the top of the 32-bit draw, of which 25 are left for d.
+    """
+    bits = int(np.float32(sigma).view(np.uint32))
+    return noise.stream("extract", bits & 0xFFFFFF), (bits >> 24) << 25 | draw
+
+
+# --- all chunks, here or in several processes -----------------------------------------------------
+
+
+def _run(
+    job: _Job, todo: dict[float, np.ndarray], batch: int, workers: int, progress: bool
+) -> Iterator[tuple[float, np.ndarray, Means]]:
+    """(σ, rows, means) of every chunk, in the order in which they are done."""
+    chunks = [
+        (s, rows[i : i + batch]) for s, rows in todo.items() for i in range(0, len(rows), batch)
+    ]
+    if not chunks:
+        return
+    bar = _bar(sum(len(rows) for _, rows in chunks), progress)
+    try:
+        if workers == 1:
+            done = ((chunk, _chunk(job, *chunk)) for chunk in chunks)
+        else:
+            done = processes.spread(_chunk, job, chunks, workers)
+        for (sigma, rows), means in done:
+            yield sigma, rows, means
+            bar(len(rows))
+    finally:
+        bar(None)
+
+
+def _bar(total: int, progress: bool) -> Callable[[int | None], None]:
+    """A progress bar to tell how many rows are done; None closes it."""
+    if not progress:
+        return lambda n: None
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=total, unit="image", desc="φ")
+    return lambda n: bar.close() if n is None else bar.update(n)
+
+
+# --- checks, before any work ----------------------------------------------------------------------
+
+
+def _job(model: UNet, images: Any, indices: Any, blocks: Any, draws: int, seed: int) -> _Job:
+    if not isinstance(model, UNet):
+        raise TypeError(f"model: expected a fastphi.UNet, got {type(model).__name__}")
+    opened = data.open_images(images)
+    if opened.channels != model.config.image_channels:
+        raise ValueError(
+            f"images: {opened.channels} channel(s), the model takes {model.config.image_channels}"
+        )
+    validate.size(opened.shape[1:], model.config, "images")
+    rows = np.arange(len(opened)) if indices is None else row_numbers(indices, len(opened))
+    if len(np.unique(rows)) != len(rows):
+        raise ValueError("indices: expected distinct image numbers")
+    known = model.config.block_names
+    wanted = known if blocks == "all" else (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    for block in wanted:
+        validate.choice(block, "blocks", known)
+    if not wanted:
+        raise ValueError("blocks: expected at least one name")
+    return _Job(model, opened, rows, tuple(b for b in known if b in wanted), draws, seed)
+
+
+def _check_workers(model: UNet, workers: int) -> None:
+    validate.integer(workers, "workers", low=1)
+    device = next(model.parameters()).device
+    if workers > 1 and device.type != "cpu":
+        raise ValueError(f"workers: {workers} processes need a model on the CPU, it is on {device}")
+
+
+def _levels(sigmas: Sequence[float] | None, model: UNet) -> tuple[float, ...]:
+    """Ascending noise levels, told apart in float32."""
+    low, high = model.training_info.sigma_min, model.training_info.sigma_max
+    if sigmas is None:
+        kept = tuple(s for s in AUTHORS_SIGMAS if s <= high)
+        if len(kept) < len(AUTHORS_SIGMAS):
+            dropped = len(AUTHORS_SIGMAS) - len(kept)
+            log.warning(
+                f"sigmas: {dropped} levels above the training range's {high:g} are left out"
+            )
+        return kept
+    levels = tuple(sorted(validate.sigmas(sigmas)))
+    validate.number(levels[-1], "sigmas", high=_MAX_SIGMA)
+    if len({float(np.float32(s)) for s in levels}) != len(levels):
+        raise ValueError(f"sigmas: noise levels must differ in float32, got {levels}")
+    if beyond := [s for s in levels if s > high or 0 < s < low]:
+        listed = ", ".join(f"{s:g}" for s in beyond)
+        log.warning(
+            f"sigmas: {listed} outside of the range [{low:g}, {high:g}] the model trained on"
+        )
+    return levels
+
+
+def _manifest(job: _Job, levels: tuple[float, ...], indices: np.ndarray | None) -> dict[str, Any]:
+    config, parameter = job.model.config, next(job.model.parameters())
+    widths = dict(
+        zip(config.block_names, (*config.channels, *config.channels[-2:0:-1]), strict=True)
+    )
+    path = getattr(job.images, "path", None)
+    with _plain(parameter.device):
+        serving = engine.pick(job.model, parameter).name
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "fastphi": fastphi.__version__,
+        "model": checkpoint.fingerprint(job.model),
+        "engine": serving,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "data": job.images.sha256,
+        "data_name": path.name if path else "in memory",
+        "rows": len(job.indices),
+        "indices": None if indices is None else hashlib.sha256(indices.tobytes()).hexdigest(),
+        "sigmas": list(levels),
+        "draws": job.draws,
+        "blocks": {block: widths[block] for block in job.blocks},
+        "seed": job.seed,
+    }

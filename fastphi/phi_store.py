@@ -1,0 +1,275 @@
+"""The φ store: a folder with one array per (noise level, block), that grows row by row.
+
+    manifest.json               what decides the numbers: model, data, seed, levels, blocks, ...
+    phi_mid_sigma0.5.npy        (N, C) float32, `np.load(..., mmap_mode="r")` reads it
+    done_sigma0.5.npy           (N,) uint8: 1 where the rows of this level are there
+    indices.npy                 (N,) int64, image number of each row; absent: row i is image i
+
+A row is written before it is marked done, and an array exists in full before the manifest names it:
+whatever moment a writer dies at, the store is whole and says itself what is missing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastphi import files, validate
+
+FORMAT, VERSION = "fastphi-phi", 1
+_MANIFEST = "manifest.json"
+_FIELDS = ("rows", "indices", "sigmas", "draws", "blocks", "seed", "model", "data")
+
+
+def phi_file(sigma: float, block: str) -> str:
+    return f"phi_{block}_sigma{sigma!r}.npy"
+
+
+def done_file(sigma: float) -> str:
+    return f"done_sigma{sigma!r}.npy"
+
+
+class PhiStore:
+    """φ and block means of N images at several noise levels, read by memory map.
+
+    path: the folder `extract` wrote. sigmas: its noise levels, ascending; blocks: in network order;
+    draws: noise draws per image and level; indices: (N,) the image of each row; manifest: a dict.
+    Raises FileNotFoundError where there is no folder, ValueError where a file is missing, truncated
+    or not the one the manifest describes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path: Path | None = Path(path)
+        self.manifest = _read_manifest(self.path)
+        shapes = {done_file(s): ((self.manifest["rows"],), np.uint8) for s in self.sigmas}
+        for sigma in self.sigmas:
+            for block, width in self.manifest["blocks"].items():
+                shape = (self.manifest["rows"], width)
+                shapes[phi_file(sigma, block)] = (shape, np.float32)  # type: ignore[assignment]
+        if self.manifest["indices"] is not None:
+            shapes["indices.npy"] = ((self.manifest["rows"],), np.int64)  # type: ignore[assignment]
+        for name, (shape, dtype) in shapes.items():
+            _check(self.path, name, shape, np.dtype(dtype))
+
+    @classmethod
+    def in_memory(cls, manifest: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> PhiStore:
+        """A store without a folder (path None): arrays under the names the files would have."""
+        store = cls.__new__(cls)
+        store.path, store.manifest, store._memory = None, manifest, arrays
+        return store
+
+    _memory: Mapping[str, np.ndarray]
+
+    def _array(self, name: str) -> np.ndarray:
+        """Opened when asked for: a map holds a file descriptor, and a store may have hundreds."""
+        if self.path is None:
+            return self._memory[name]
+        return np.load(self.path / name, mmap_mode="r")
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        return tuple(self.manifest["sigmas"])
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return tuple(self.manifest["blocks"])
+
+    @property
+    def draws(self) -> int:
+        return self.manifest["draws"]
+
+    @property
+    def indices(self) -> np.ndarray:
+        if self.manifest["indices"] is None:
+            return np.arange(len(self))
+        return np.array(self._array("indices.npy"))
+
+    def __len__(self) -> int:
+        return self.manifest["rows"]
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else repr(str(self.path))
+        return f"PhiStore({where}: {len(self)} images, {len(self.sigmas)} levels, {self.blocks})"
+
+    def missing(self) -> dict[float, np.ndarray]:
+        """The rows that are not there yet, of each noise level that lacks any."""
+        rows = {s: np.flatnonzero(self._array(done_file(s)) == 0) for s in self.sigmas}
+        return {s: r for s, r in rows.items() if len(r)}
+
+    @property
+    def complete(self) -> bool:
+        return all(bool(np.all(self._array(done_file(s)))) for s in self.sigmas)
+
+    def array(self, sigma: float, block: str = "mid", *, partial: bool = False) -> np.ndarray:
+        """E_z[ā] of every image at one stored level: (N, C) float32, a read-only memory map.
+
+        Raises ValueError for a level or block that is not stored, or with rows missing (which read
+        as zeros; `partial=True` takes them so).
+        """
+        sigma = self._level(sigma)
+        validate.choice(block, "block", self.blocks)
+        if not partial and (lacking := int(np.sum(self._array(done_file(sigma)) == 0))):
+            raise ValueError(
+                f"store {self.path}: {lacking} of {len(self)} rows at sigma {sigma:g} are missing; "
+                "run the same extract again to go on"
+            )
+        return self._array(phi_file(sigma, block))
+
+    def phi(self, sigma: float, indices: Any = None, block: str = "mid") -> Tensor:
+        """φ at one stored level: a float32 tensor (n, C), a copy.
+
+        indices: n row numbers in [0, N), default all. Raises ValueError where one is missing.
+        """
+        sigma = self._level(sigma)
+        array = self.array(sigma, block, partial=indices is not None)
+        if indices is None:
+            return torch.from_numpy(np.array(array))
+        rows = row_numbers(indices, len(self))
+        if len(lacking := rows[self._array(done_file(sigma))[rows] == 0]):
+            raise ValueError(f"store {self.path}: row {lacking[0]} at sigma {sigma:g} is missing")
+        return torch.from_numpy(np.array(array[rows]))
+
+    def _level(self, sigma: float) -> float:
+        sigma = validate.sigma(sigma)
+        for level in self.sigmas:
+            if np.float32(level) == np.float32(sigma):
+                return level
+        levels = ", ".join(f"{s:g}" for s in self.sigmas)
+        raise ValueError(f"sigma: {sigma:g} is not stored; the store has {levels}")
+
+
+def row_numbers(indices: Any, n: int, name: str = "indices") -> np.ndarray:
+    """Whole numbers in [0, n), at least one, as int64."""
+    array = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+    if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"{name}: expected a non-empty list of whole numbers, got {array.dtype} {array.shape}"
+        )
+    if array.min() < 0 or array.max() >= n:
+        raise ValueError(
+            f"{name}: expected numbers in [0, {n}), got {array.min()} ... {array.max()}"
+        )
+    return array.astype(np.int64)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes a store; hold `files.locked` on its folder. Goes on from what is there."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], indices: np.ndarray | None) -> None:
+        self.path = path
+        for leftover in path.glob(".*.tmp"):  # of a writer that was killed
+            leftover.unlink()
+        self.manifest = manifest
+        if (path / _MANIFEST).exists():
+            existing = PhiStore(path).manifest
+            _agree(existing, manifest, path)
+            levels = sorted({*existing["sigmas"], *manifest["sigmas"]})
+            new = set(levels) - set(existing["sigmas"])
+            self.manifest = existing | {"sigmas": levels}
+        else:
+            _only_ours(path)
+            new = set(manifest["sigmas"])
+            if indices is not None:
+                with files.atomic_write(path / "indices.npy") as temporary:
+                    temporary.write_bytes(_header((len(indices),), np.int64) + indices.tobytes())
+        rows = manifest["rows"]
+        for sigma in sorted(new):
+            for block, width in manifest["blocks"].items():
+                _allocate(path / phi_file(sigma, block), (rows, width), np.float32)
+            _allocate(path / done_file(sigma), (rows,), np.uint8)
+        if new:
+            files.write_json(path / _MANIFEST, self.manifest)
+
+    def write(self, sigma: float, rows: np.ndarray, means: Mapping[str, np.ndarray]) -> None:
+        """Put {block: (n, C)} at `rows`, then mark them done."""
+        for block, values in means.items():
+            array = np.load(self.path / phi_file(sigma, block), mmap_mode="r+")
+            array[rows] = values
+            array.flush()
+        done = np.load(self.path / done_file(sigma), mmap_mode="r+")
+        done[rows] = 1
+        done.flush()
+
+
+def _allocate(path: Path, shape: tuple[int, ...], dtype: Any) -> None:
+    """A file of zeros whose blocks are all there: a disk that fills up is an error here, with a
+    message, not a signal (SIGBUS) in the middle of writing to a map."""
+    header = _header(shape, dtype)
+    size = len(header) + int(np.prod(shape)) * np.dtype(dtype).itemsize
+    with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
+        f.write(header)
+        f.flush()
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(f.fileno(), 0, size)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        f.truncate(size)
+
+
+def _header(shape: tuple[int, ...], dtype: Any) -> bytes:
+    """The beginning of an .npy file."""
+    f = io.BytesIO()
+    description = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(f, description)
+    return f.getvalue()
+
+
+def _agree(existing: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """ValueError naming every field in which an existing store is another one."""
+    differ = [
+        f"{name} (there {_short(existing.get(name))}, now {_short(wanted[name])})"
+        for name in wanted
+        if name not in ("sigmas", "fastphi", "data_name") and existing.get(name) != wanted[name]
+    ]
+    if differ:
+        raise ValueError(f"out: the store {path} is of another {', '.join(differ)}")
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(value) if isinstance(value, dict) else str(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."
+
+
+def _only_ours(path: Path) -> None:
+    strange = [p.name for p in path.iterdir() if not p.name.startswith((".", "phi_", "done_"))]
+    if strange := [name for name in strange if name != "indices.npy"]:
+        raise ValueError(f"out: {path} is no φ store and holds other files ({strange[0]}, ...)")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise FileNotFoundError(f"store: no folder {path}; make one with fastphi extract")
+    manifest = files.read_json(path / _MANIFEST, f"store {path}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"store {path}: {_MANIFEST} is not that of a φ store")
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"store {path}: format version {manifest.get('version')}, this fastphi reads {VERSION}"
+        )
+    if lacking := [name for name in _FIELDS if name not in manifest]:
+        raise ValueError(f"store {path}: {_MANIFEST} lacks {', '.join(lacking)}")
+    return manifest
+
+
+def _check(path: Path, name: str, shape: Sequence[int], dtype: np.dtype) -> None:
+    try:
+        array = np.load(path / name, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"store {path}: {name} is missing") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"store {path}: {name} is truncated or damaged ({error})") from None
+    if array.shape != tuple(shape) or array.dtype != dtype:
+        raise ValueError(
+            f"store {path}: {name} is {array.dtype} {array.shape}, expected {dtype} {tuple(shape)}"
+        )

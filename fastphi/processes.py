@@ -1,0 +1,74 @@
+"""Work spread over spawned processes: one state for all, many items, results as they are done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+
+
+def spread(
+    work: Callable[..., Any], state: Any, items: Sequence[tuple[Any, ...]], workers: int
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(item, work(state, *item)) of every item, in the order in which they are done.
+
+    The state is sent once to each process; this one's threads are divided among them; two items per
+    process are under way at any time. RuntimeError where a process dies.
+    """
+    threads = max(1, torch.get_num_threads() // workers)
+    # In bytes: multiprocessing's own pickle would move a model's parameters to shared memory.
+    setup = (work, pickle.dumps(state), threads)
+    with futures.ProcessPoolExecutor(
+        min(workers, len(items)), multiprocessing.get_context("spawn"), _start, setup
+    ) as pool:
+        under_way: dict[futures.Future[Any], tuple[Any, ...]] = {}
+        waiting = iter(items)
+        try:
+            while True:
+                while len(under_way) < 2 * workers and (item := next(waiting, None)) is not None:
+                    under_way[pool.submit(_work, item)] = item
+                if not under_way:
+                    return
+                done, _ = futures.wait(under_way, return_when=futures.FIRST_COMPLETED)
+                for future in done:
+                    yield under_way.pop(future), future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a worker process died (out of memory?); what is written is kept: "
+                "run it again, with fewer workers or a smaller batch"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_job: tuple[Callable[..., Any], Any]
+
+
+def _start(work: Callable[..., Any], pickled: bytes, threads: int) -> None:
+    global _job
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
+    torch.set_num_threads(threads)
+    _job = work, pickle.loads(pickled)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its workers: they watch it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work(item: tuple[Any, ...]) -> Any:
+    work, state = _job
+    return work(state, *item)

@@ -1,0 +1,51 @@
+"""Shared by the tests: tiny models, and the engines that can serve on this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastphi import engine
+from fastphi.unet import UNet, UNetConfig
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """Small shapes: more threads only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[e.name for e in engine.ENGINES])
+def backend(request) -> str:
+    """Every engine in turn; one that cannot serve at all here is skipped, saying why."""
+    chosen = next(e for e in engine.ENGINES if e.name == request.param)
+    reason = chosen.refuses(UNetConfig(), torch.device("cpu"), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def make_model():
+    """make_model(seed=0, backend="auto", dtype=torch.float32, **config): a small random UNet.
+
+    Gains of both signs and biases other than 0, so that no term of the layer is invisible.
+    """
+
+    def make(seed=0, backend="auto", dtype=torch.float32, **config) -> UNet:
+        config.setdefault("channels", (4, 6, 8))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = UNet(UNetConfig(**config), backend=backend).to(dtype)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name.endswith(("bias", "beta")):
+                        parameter.normal_(0, 0.1)
+                    elif name.endswith("gamma"):
+                        parameter.normal_(0.3, 1.0)
+        return model.eval()
+
+    return make
