@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +98,20 @@ def match(
     zero_elsewhere: bool = False,
 ) -> MatchResult:
     """`match_phi` on arguments that were checked before; target: (N, channels[-1])."""
-    # Inside a caller's inference mode no gradient could be taken, nor of what was made there.
-    with torch.inference_mode(False), torch.no_grad():
+    with plain_mode(x.device):
         x = x.detach().clone(memory_format=torch.contiguous_format)
         target = restrict(target.detach().clone(), channels).to(x).contiguous()
         weight = loss_weight(channels, zero_elsewhere, target)
         prepared = engine.runner(model, x)
         return MatchResult(*prepared.match(x, target, weight, lr, max_iter, tolerance))
+
+
+@contextlib.contextmanager
+def plain_mode(device: torch.device) -> Iterator[None]:
+    """Numbers that do not depend on the caller's context: no autograd beyond what a match asks for
+    (in a caller's inference mode it could not be had), and the model's own dtype, no autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def check_options(lr: float, max_iter: int, tolerance: float) -> None:

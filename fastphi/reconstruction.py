@@ -62,7 +62,7 @@ def reconstruct(
     sigma_0, sigma_last: adaptive: σ_0 and σ_L; default the top of the training range, and 0.01.
     max_steps: adaptive: after these the images still running are returned denoised, with a warning.
     batch: images through the network at once (default 64): memory, not the result.
-    callback: called with a StepInfo after each step. progress: show a bar.
+    callback: called with a StepInfo after each step, gradients off. progress: show a bar.
     store_progress: keep the images after each step (True) or after every k-th (k) in `.progress`.
     save: an .npz with the state, rewritten every `save_every` steps and when interrupted, and with
         the result in the end. The same call goes on from it, to the same bits, unless `resume` is

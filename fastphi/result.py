@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastphi import files, validate
-from fastphi.target_kinds import Targets, mean_phi
+from fastphi.target_images import mean_phi
+from fastphi.target_kinds import Targets
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet
@@ -90,9 +91,10 @@ class Reconstruction:
         arrays = {name: getattr(self, name) for name in (*TABLES, "samples", "sigma_hat", "images")}
         if self.progress is not None:
             arrays["progress"] = self.progress
+        plain: dict[str, Any] = {name: _to_numpy(value) for name, value in arrays.items()}
+        plain["header"] = np.array(json.dumps(header))
         with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
-            plain = {name: _to_numpy(value) for name, value in arrays.items()}
-            np.savez(f, header=np.array(json.dumps(header)), **plain)
+            np.savez(f, **plain)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Reconstruction:
@@ -121,7 +123,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         header = json.loads(str(archive["header"]))
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError("another format")
-        arrays = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "header"}
+        arrays = {
+            name: torch.from_numpy(archive[name]) for name in archive.files if name != "header"
+        }
     n = len(arrays["images"])
     for name in (*TABLES, "samples", "sigma_hat"):
         if arrays[name].shape[-1] != n or (name in TABLES and arrays[name].dim() != 2):

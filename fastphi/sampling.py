@@ -21,7 +21,7 @@ from fastphi import engine, guidance, noise, validate
 from fastphi.guidance import MatchResult
 from fastphi.result import Reconstruction
 from fastphi.sampling_plan import Plan, make_plan
-from fastphi.sampling_record import Record, check_run_options, earlier_run, progress_bar
+from fastphi.sampling_record import Record, State, check_run_options, earlier_run, progress_bar
 from fastphi.target_kinds import Targets
 
 if TYPE_CHECKING:
@@ -110,15 +110,6 @@ class StepInfo:
     @property
     def matched(self) -> Tensor:
         return self.match.x
-
-
-@dataclass(frozen=True)
-class State:
-    """The loop between two steps. x: (N, C, H, W); sigma: (N,) float64, noise level of each."""
-
-    step: int
-    x: Tensor
-    sigma: np.ndarray
 
 
 class Sampler:
@@ -245,34 +236,29 @@ def run(
 ) -> Reconstruction:
     """Take the steps and keep their record; store the state, and go on from a stored one."""
     check_run_options(callback, save, save_every)
-    record = Record(sampler, save)
-    earlier = earlier_run(save, record.settings) if resume else None
-    if earlier is None:
-        state = sampler.start()
-    else:
-        state = State(
-            len(earlier.sigma), earlier.images.to(sampler.device), earlier.sigma_hat.numpy()
-        )
-        record.restore(earlier)
-        if earlier.finished:
+    with guidance.plain_mode(sampler.device):
+        record = Record(sampler, save)
+        earlier = earlier_run(save, record.settings) if resume else None
+        state = sampler.start() if earlier is None else record.restore(earlier)
+        if earlier is not None and earlier.finished:
             return record.result(state, finished=True)
-    record.store(state)  # a path that cannot be written is found now, not after the first steps
-    with progress_bar(sampler, state.step, progress) as show:
-        try:
-            while not sampler.done(state):
-                after, info = sampler.step(state)
-                _check_finite(info)
-                record.add(info, after)
-                state = after
-                if callback is not None:
-                    callback(info)
-                show(info)
-                if state.step % save_every == 0:
-                    record.store(state)
-            return record.finish(sampler.finish(state))
-        except BaseException:  # Ctrl-C too: keep all whole steps
-            record.rescue(state)
-            raise
+        record.store(state)  # a path that cannot be written is found now, not after the first steps
+        with progress_bar(sampler, state.step, progress) as show:
+            try:
+                while not sampler.done(state):
+                    after, info = sampler.step(state)
+                    _check_finite(info)
+                    record.add(info, after)
+                    state = after
+                    if callback is not None:
+                        callback(info)
+                    show(info)
+                    if state.step % save_every == 0:
+                        record.store(state)
+                return record.finish(sampler.finish(state))
+            except BaseException:  # Ctrl-C too: keep all whole steps
+                record.rescue(state)
+                raise
 
 
 def _check_finite(info: StepInfo) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,16 @@ from fastphi import engine, validate
 from fastphi.result import TABLES, Reconstruction
 
 if TYPE_CHECKING:
-    from fastphi.sampling import Sampler, State, StepInfo
+    from fastphi.sampling import Sampler, StepInfo
+
+
+@dataclass(frozen=True)
+class State:
+    """The loop between two steps. x: (N, C, H, W); sigma: (N,) float64, noise level of each."""
+
+    step: int
+    x: Tensor
+    sigma: np.ndarray
 
 
 class Record:
@@ -23,7 +33,7 @@ class Record:
 
     def __init__(self, sampler: Sampler, path: str | os.PathLike[str] | None) -> None:
         self.path = path
-        self.samples = torch.from_numpy(sampler.samples)
+        self.samples, self.device = torch.from_numpy(sampler.samples), sampler.device
         self.every = sampler.plan.store_progress
         self.settings = run_settings(sampler)
         self.rows: dict[str, list[Tensor]] = {name: [] for name in TABLES}
@@ -77,11 +87,12 @@ class Record:
             result.save(self.path)
         return result
 
-    def restore(self, earlier: Reconstruction) -> None:
+    def restore(self, earlier: Reconstruction) -> State:
         for name in TABLES:
             self.rows[name] = list(getattr(earlier, name))
         self.kept = [] if earlier.progress is None else list(earlier.progress)
         self._stored_step = len(earlier.sigma)
+        return State(len(earlier.sigma), earlier.images.to(self.device), earlier.sigma_hat.numpy())
 
 
 def run_settings(sampler: Sampler) -> dict[str, Any]:

@@ -11,13 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import engine, guidance, noise, validate
+from fastphi import guidance, validate
 
 if TYPE_CHECKING:
-    from fastphi.unet import UNet
-
-# How many images go through the network at once: bounds memory, changes no result.
-_CHUNK = 64
+    pass
 
 
 class Targets:
@@ -63,7 +60,7 @@ class Targets:
         guidance.check_subset(chosen.channels, zero_elsewhere)
         return chosen
 
-    def select(self, rows: Sequence[int]) -> Targets:
+    def select(self, rows: Any) -> Targets:
         """Some of the targets, in any order, repeated where a number is."""
         return Selected(self, row_numbers(rows, len(self)))
 
@@ -93,76 +90,6 @@ class Targets:
 
     def _state(self) -> dict[str, Any]:
         raise NotImplementedError
-
-
-class Images(Targets):
-    def __init__(self, model: UNet, images: Any, draws: int, seed: int, ids: Any) -> None:
-        if not isinstance(images, Tensor):
-            from fastphi import data
-
-            images = data.open_images(images)
-            images = images.batch(np.arange(len(images)))
-        self.images = validate.clean_images(images, model.config, "images").detach()
-        self.model = model
-        self.count, self.width = len(images), model.config.channels[-1]
-        self.shape = tuple(images.shape[1:])  # type: ignore[assignment]
-        self.draws = validate.integer(draws, "draws", low=1)
-        self.seed = validate.seed(seed)
-        self.ids = sample_ids(ids, self.count, "ids")
-
-    def _phi(self, sigma: np.ndarray, rows: np.ndarray) -> Tensor:
-        # Copies of one image at one level share their φ*: each pair is computed once.
-        pairs, back = np.unique(np.stack([rows, sigma], 1), axis=0, return_inverse=True)
-        rows, sigma = pairs[:, 0].astype(np.int64), pairs[:, 1]
-        parts = []
-        for i in range(0, len(rows), _CHUNK):
-            chosen = rows[i : i + _CHUNK]
-            x = self.images[torch.from_numpy(chosen).to(self.images.device)]
-            level = sigma[i : i + _CHUNK]
-            parts.append(mean_phi(self.model, x, level, self.ids[chosen], self.seed, self.draws))
-        return torch.cat(parts)[torch.from_numpy(back.reshape(-1))]
-
-    def _state(self) -> dict[str, Any]:
-        from fastphi.checkpoint import fingerprint
-
-        return {
-            "kind": "images",
-            "model": fingerprint(self.model),
-            "images": digest_of(self.images),
-            "draws": self.draws,
-            "seed": self.seed,
-            "ids": self.ids.tolist(),
-        }
-
-
-def mean_phi(
-    model: UNet, x: Tensor, sigma: np.ndarray, ids: np.ndarray, seed: int, draws: int
-) -> Tensor:
-    """φ = E_z[ā_mid(x + σz)]: (n, C), over `draws` draws, summed in their order in float64.
-
-    x: (n, C, H, W), converted to the model's dtype and device; sigma: (n,) float64; ids: (n,), the
-    noise of image i is a function of (seed, ids[i], σ_i).
-    """
-    # The draw's number is the stream's index, and σ's bits the draw's: any two levels have
-    # independent noise, and the noise of one does not depend on which others are asked for.
-    bits = np.abs(sigma).astype(np.float32).view(np.uint32).astype(np.int64)
-    with torch.inference_mode(False), torch.no_grad():
-        x = x.to(next(model.parameters())).clone()
-        s = torch.from_numpy(sigma).to(x)[:, None, None, None]
-        prepared = engine.runner(model, x)
-        total = torch.zeros(len(x), model.config.channels[-1], dtype=torch.float64, device=x.device)
-        for d in range(draws):
-            z = noise.normal(
-                seed,
-                ids,
-                noise.stream("target", d),
-                bits,
-                tuple(x.shape[1:]),
-                device=x.device,
-                dtype=x.dtype,
-            )
-            total = total + prepared.block_means(x + s * z, "mid")["mid"].double()
-        return (total / draws).to(x.dtype)
 
 
 class Table(Targets):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastphi import validate
+from fastphi.target_images import Images
 from fastphi.target_kinds import (
-    Images,
     Mix,
     Table,
     Targets,

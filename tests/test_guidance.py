@@ -142,7 +142,7 @@ def test_one_target_serves_all_images() -> None:
 
 
 def test_leaves_everything_as_it_was() -> None:
-    model, (x, target) = tiny(), case(2)
+    model, (x, target) = tiny(dtype=torch.float32), case(2, torch.float32)
     model.train()
     model.mid[0].weight.requires_grad_(False)
     model.enc1[0].weight.grad = torch.ones_like(model.enc1[0].weight)
@@ -150,7 +150,7 @@ def test_leaves_everything_as_it_was() -> None:
     flags = [p.requires_grad for p in model.parameters()]
     x.requires_grad_(True)
     kept, rng = (x.detach().clone(), target.clone()), torch.get_rng_state()
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu"):
         inside = match_phi(model, x, target, max_iter=2)
     got = match_phi(model, x, target, max_iter=2)
     assert torch.equal(inside.x, got.x) and not got.x.requires_grad

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import fastphi
 from fastphi import noise, reference, targets
 from fastphi.unet import UNet, UNetConfig
 
@@ -88,12 +90,12 @@ def test_noise_of_two_levels_is_independent() -> None:
 def test_copies_stand_together_and_share_their_target(monkeypatch: pytest.MonkeyPatch) -> None:
     made = targets.from_images(MODEL, IMAGES, draws=2, copies=3)
     assert len(made) == 12
-    from fastphi import target_kinds
+    from fastphi import target_images
 
     seen = []
-    plain = target_kinds.mean_phi
+    plain = target_images.mean_phi
     monkeypatch.setattr(
-        target_kinds, "mean_phi", lambda m, x, *rest: seen.append(len(x)) or plain(m, x, *rest)
+        target_images, "mean_phi", lambda m, x, *rest: seen.append(len(x)) or plain(m, x, *rest)
     )
     phi = made.phi(0.5)
     assert seen == [4]  # each image goes through the network once
@@ -173,6 +175,18 @@ def test_store_reads_only_the_levels_it_needs() -> None:
     assert torch.equal(held.phi(0.9), wanted)
 
 
+def test_a_real_store(tmp_path: Path) -> None:
+    model, clean = tiny(torch.float32), IMAGES.float()
+    store = fastphi.extract(model, clean, tmp_path / "phi", sigmas=[0.2, 0.6], draws=2)
+    for source in (store, tmp_path / "phi"):
+        made = targets.from_store(source, [3, 0])
+        assert torch.equal(made.phi(0.6), store.phi(0.6, [3, 0]))
+        halfway = (store.phi(0.2, [3, 0]) + store.phi(0.6, [3, 0])) / 2
+        torch.testing.assert_close(made.phi(0.4), halfway)
+    result = fastphi.reconstruct(model, made, size=16, sigmas=(0.6, 0.2, 2), max_iter=1)
+    assert len(result) == 2
+
+
 def test_table_takes_levels_in_any_order() -> None:
     phi = torch.rand(3, 2, 8)
     made = targets.table([1.0, 0.2, 0.5], phi)
@@ -250,15 +264,16 @@ def test_takes_what_open_images_takes() -> None:
 
 
 def test_leaves_everything_as_it_was() -> None:
-    images, rng = IMAGES.clone(), torch.get_rng_state()
-    MODEL.train()
-    made = targets.from_images(MODEL, IMAGES, draws=2)
-    with torch.inference_mode():
+    model, images, rng = tiny(torch.float32), IMAGES.float(), torch.get_rng_state()
+    kept = images.clone()
+    model.train()
+    made = targets.from_images(model, images, draws=2)
+    with torch.inference_mode(), torch.autocast("cpu"):
         inside = made.phi(0.5)
     phi = made.phi(0.5)
     assert torch.equal(inside, phi) and not phi.requires_grad
-    assert torch.equal(images, IMAGES) and torch.equal(rng, torch.get_rng_state())
-    assert MODEL.training and all(p.requires_grad and p.grad is None for p in MODEL.parameters())
+    assert torch.equal(images, kept) and torch.equal(rng, torch.get_rng_state())
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 PHI = torch.rand(2, 8)
