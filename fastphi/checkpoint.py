@@ -225,7 +225,8 @@ def _check(model: UNet, tensors: Mapping[str, Tensor], source: Path) -> None:
     ):
         if names:
             raise ValueError(f"{source}: the file {what} {authors.listed(names)}")
-    for name, tensor in tensors.items():
+    for name in expected:
+        tensor = tensors[name]
         if tensor.shape != expected[name].shape:
             want, got = tuple(expected[name].shape), tuple(tensor.shape)
             raise ValueError(f"{source}: {name} has shape {got}, the configuration needs {want}")
