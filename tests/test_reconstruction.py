@@ -17,6 +17,7 @@ import torch
 from fastphi import noise, reference, targets
 from fastphi.reconstruction import Reconstruction, reconstruct
 from fastphi.sampling import sample
+from fastphi.sampling_record import Record
 from fastphi.unet import TrainingInfo, UNet, UNetConfig
 
 CONFIG = UNetConfig(channels=(4, 8), dec_layers=2)
@@ -275,6 +276,27 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     steps.clear()
     again = reconstruct(model, made, save=path, callback=lambda i: steps.append(i.step), **options)
     assert not steps and same(again, whole) and again.finished
+
+
+def test_interrupted_between_recording_a_step_and_taking_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = tiny(), targets.from_images(tiny(), images(2), 1)
+    options = SCHEDULE | {"store_progress": 2, "save": tmp_path / "result.npz"}
+    plain = Record.add
+
+    def add(record: Record, info, after) -> None:
+        plain(record, info, after)
+        if info.step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Record, "add", add)
+        reconstruct(model, made, **options)
+    stored = Reconstruction.load(options["save"])
+    assert len(stored.sigma) == 3 and len(stored.progress) == 1
+    whole = reconstruct(model, made, store_progress=2, **SCHEDULE)
+    assert same(reconstruct(model, made, **options), whole)
 
 
 KILLED = """
