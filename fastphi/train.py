@@ -126,15 +126,14 @@ class Trainer:
         the loss or its gradient is NaN or Inf, OSError where a file cannot be written. Ctrl-C and
         SIGTERM write a checkpoint of the last completed step first.
         """
+        self.world.join(self.device)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.world.joined(self.device))
             if self.world.rank == 0:
                 stack.enter_context(files.locked(self.config.out, "out"))
             stack.enter_context(deterministic())
             stack.enter_context(torch.enable_grad())
             training_folder.resume(self)
-            if self.step < self.steps:
-                self._train(stack.enter_context(Interrupts()), callback, progress)
+            self._train(stack.enter_context(Interrupts()), callback, progress)
         return self.model
 
     # --- the algorithm ---
@@ -150,6 +149,8 @@ class Trainer:
         batches = prefetched(self._draw, range(self.step, self.steps))
         try:
             with contextlib.closing(batches):
+                if writer:
+                    writer.begin()
                 began = time.perf_counter() - self.seconds
                 for batch in batches:
                     loss = self._gradient(denoiser, batch)

@@ -25,10 +25,14 @@ class Log:
 
     def __init__(self, path: Path, step: int) -> None:
         """Open to append, without lines after `step` and a line that a kill left half-written."""
+        self.last: dict[str, Any] = {}
         if path.exists():
-            kept = [line for line in path.read_bytes().splitlines(True) if _up_to(line, step)]
-            with files.atomic_write(path) as temporary:
-                temporary.write_bytes(b"".join(kept))
+            lines = path.read_bytes().splitlines(True)
+            kept = [line for line in lines if _up_to(line, step)]
+            if len(kept) < len(lines):
+                with files.atomic_write(path) as temporary:
+                    temporary.write_bytes(b"".join(kept))
+            self.last = json.loads(kept[-1]) if kept else {}
         self._file = open(path, "a")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -71,6 +75,11 @@ class Writer:
         self.seen = (trainer.step, trainer.seconds)
         self.fresh: dict[str, Any] | None = None
 
+    def begin(self) -> None:
+        """The evaluation that an interruption prevented."""
+        if self._evaluation_due() and "psnr" not in self.log.last:
+            self._evaluate()
+
     def trained(self, loss: float) -> None:
         t, c = self.trainer, self.trainer.config
         self.bar.update()
@@ -93,11 +102,15 @@ class Writer:
         t, c = self.trainer, self.trainer.config
         if self.fresh:
             self._tell(self.fresh)
-        last = t.step == t.steps
-        if len(t.held_indices) and (t.step % c.evaluate_every == 0 or last):
+        if self._evaluation_due():
             self._evaluate()
-        if t.step % c.checkpoint_every == 0 or last:
+        if t.step % c.checkpoint_every == 0 or t.step == t.steps:
             self.checkpoint()
+
+    def _evaluation_due(self) -> bool:
+        t = self.trainer
+        due = t.step % t.config.evaluate_every == 0 or t.step == t.steps
+        return due and t.step > 0 and len(t.held_indices) > 0
 
     def _evaluate(self) -> None:
         t = self.trainer

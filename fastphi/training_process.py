@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -78,19 +79,14 @@ class World:
             return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local)
         return cls()
 
-    @contextlib.contextmanager
-    def joined(self, device: torch.device) -> Iterator[None]:
-        """The process group, made here unless the caller has made one."""
-        ours = self.size > 1 and not dist.is_initialized()
-        if ours:
+    def join(self, device: torch.device) -> None:
+        """Make the process group, unless there is one."""
+        if self.size > 1 and not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        try:
-            yield
-        finally:
-            if ours:
-                dist.destroy_process_group()
+            # not at the end of the run: a second group would find the first one's addresses
+            atexit.register(dist.destroy_process_group)
 
     def sum(self, x: Tensor) -> Tensor:
         if self.size > 1:
