@@ -223,6 +223,7 @@ class UNet(nn.Module):
 
     def score(self, x: Tensor, sigma: Any) -> Tensor:
         """∇ log p_σ(x) = (x̂ − x)/σ² (eq. 2). sigma > 0: one number, or N of them."""
+        validate.images(x, self.config)
         variance = validate.batch_sigma(sigma, len(x), x) ** 2
         return (self(x) - x) / variance
 
