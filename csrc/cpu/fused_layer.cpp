@@ -1,0 +1,140 @@
+// The fused layer: conv 3x3, norm and ReLU with the division by the standard deviation deferred.
+//   z = s conv3x3(r, W[:, :C1]) + s2 conv3x3(r2, W[:, C1:]) + b
+//   with gamma: r_out = ReLU(gamma z), s_out = 1/(std(z) + eps); without: r_out = ReLU(z) or z,
+//   s_out = 1.
+// r (N, H, W, C1), s (N,), r2 (N, H, W, C2), s2 (N,), weight (Cout, C1 + C2, 3, 3), bias, gamma
+// (Cout,). Backward (derived in csrc/README.md):
+//   dz = [m gamma d_r_out] - d_s_out s_out^2 (z - mean)/(n std), m = 1[gamma z > 0]
+//   h = convT(dz), d_r = s h, d_s = sum h r; d_weight = (s r) * dz; d_bias = sum dz; d_gamma = sum
+//   m d_r_out
+//   z
+#include "../operators.h"
+#include "conv.h"
+#include "launch.h"
+
+namespace fastphi {
+
+namespace {
+
+struct Sizes {
+  i64 n, h, w, c1, c2, cout;
+};
+
+Sizes check_layer(const Tensor& r, const Tensor& s, const OptionalTensor& r2,
+                  const OptionalTensor& s2, const Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& gamma) {
+  check_tensor(r, "r", 4);
+  const Shape shape = shape_of(r);
+  for (int64_t size : shape)
+    STD_TORCH_CHECK(size > 0, "r: expected no empty dimension, got shape ", text(shape));
+  Sizes z{shape[0], shape[1], shape[2], shape[3], 0, 0};
+  check_shape(s, "s", {z.n}, &r);
+  STD_TORCH_CHECK(r2.has_value() == s2.has_value(), "r2, s2: expected both or neither");
+  if (r2) {
+    check_tensor(*r2, "r2", 4, &r);
+    z.c2 = r2->sizes()[3];
+    check_shape(*r2, "r2", {z.n, z.h, z.w, z.c2}, &r);
+    check_shape(*s2, "s2", {z.n}, &r);
+  }
+  check_tensor(weight, "weight", 4, &r);
+  z.cout = weight.sizes()[0];
+  check_shape(weight, "weight", {z.cout, z.c1 + z.c2, 3, 3}, &r);
+  if (bias) check_shape(*bias, "bias", {z.cout}, &r);
+  if (gamma) check_shape(*gamma, "gamma", {z.cout}, &r);
+  return z;
+}
+
+template <class T>
+void fill(Tensor& t, T value) {
+  std::fill_n(mutable_data<T>(t), t.numel(), value);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_fwd(
+    Tensor r, Tensor s, OptionalTensor r2, OptionalTensor s2, Tensor weight, OptionalTensor bias,
+    OptionalTensor gamma, double eps, bool relu) {
+  const Sizes k = check_layer(r, s, r2, s2, weight, bias, gamma);
+  Tensor r_out = new_tensor(r, {k.n, k.h, k.w, k.cout}), z = new_tensor(r, {k.n, k.h, k.w, k.cout});
+  Tensor s_out = new_tensor(s, {k.n}), mean = new_tensor(s, {k.n}), std = new_tensor(s, {k.n});
+  dispatch(r, [&](auto t) {
+    using T = decltype(t);
+    Buffer<T> packed(packed_size<T>(k.cout, 9 * k.c1)), packed2(packed_size<T>(k.cout, 9 * k.c2));
+    const T* w = data<T>(weight);
+    pack_conv<T>(w, k.cout, k.c1 + k.c2, 0, k.c1, false, packed);
+    if (r2) pack_conv<T>(w, k.cout, k.c1 + k.c2, k.c1, k.c1 + k.c2, false, packed2);
+    ConvJob<T> job{};
+    job.n = k.n, job.h = k.h, job.w = k.w, job.cout = k.cout;
+    job.sources = r2 ? 2 : 1;
+    job.source[0] = {data<T>(r), data<T>(s), packed, k.c1};
+    if (r2) job.source[1] = {data<T>(*r2), data<T>(*s2), packed2, k.c2};
+    job.bias = data<T>(bias), job.gamma = data<T>(gamma), job.relu = relu;
+    job.z = mutable_data<T>(z), job.r_out = mutable_data<T>(r_out);
+    if (gamma) {
+      launch_layer_fwd<T>(job, eps, mutable_data<T>(mean), mutable_data<T>(std),
+                          mutable_data<T>(s_out));
+    } else {
+      launch_layer_fwd<T>(job, eps, nullptr, nullptr, nullptr);
+      fill(s_out, T(1)), fill(mean, T(0)), fill(std, T(0));
+    }
+  });
+  return {r_out, s_out, z, mean, std};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_bwd(
+    Tensor d_r_out, Tensor d_s_out, Tensor r, Tensor s, OptionalTensor r2, OptionalTensor s2,
+    Tensor weight, OptionalTensor gamma, Tensor z, Tensor s_out, Tensor mean, Tensor std, bool relu,
+    bool need_input, bool need_weight) {
+  const Sizes k = check_layer(r, s, r2, s2, weight, std::nullopt, gamma);
+  const Shape out_shape{k.n, k.h, k.w, k.cout};
+  check_shape(d_r_out, "d_r_out", out_shape, &r);
+  check_shape(d_s_out, "d_s_out", {k.n}, &r);
+  check_shape(z, "z", out_shape, &r);
+  check_shape(s_out, "s_out", {k.n}, &r);
+  check_shape(mean, "mean", {k.n}, &r);
+  check_shape(std, "std", {k.n}, &r);
+  auto wanted = [&](bool want, const Shape& shape) {
+    return new_tensor(r, want ? shape : Shape{0});
+  };
+  Tensor d_r = wanted(need_input, shape_of(r)), d_s = wanted(need_input, {k.n});
+  Tensor d_r2 = wanted(need_input && r2, {k.n, k.h, k.w, k.c2}),
+         d_s2 = wanted(need_input && r2, {k.n});
+  Tensor d_weight = wanted(need_weight, shape_of(weight)), d_bias = wanted(need_weight, {k.cout});
+  Tensor d_gamma = wanted(need_weight && gamma, {k.cout});
+  dispatch(r, [&](auto t) {
+    using T = decltype(t);
+    Buffer<T> dz(k.n * k.h * k.w * k.cout), coefficient(k.n);
+    LayerGradJob<T> grad{};
+    grad.n = k.n, grad.h = k.h, grad.w = k.w, grad.c = k.cout;
+    grad.d_r = data<T>(d_r_out), grad.z = data<T>(z), grad.gamma = data<T>(gamma), grad.relu = relu;
+    grad.mean = data<T>(mean), grad.dz = dz;
+    if (gamma) {
+      norm_coefficients<T>(k.n, k.h * k.w * k.cout, data<T>(d_s_out), data<T>(s_out), data<T>(std),
+                           coefficient);
+      grad.coefficient = coefficient;
+    }
+    launch_layer_grad(grad, need_weight ? mutable_data<T>(d_bias) : nullptr,
+                      need_weight && gamma ? mutable_data<T>(d_gamma) : nullptr);
+    const i64 cin = k.c1 + k.c2;
+    auto source_gradients = [&](const Tensor& r, const Tensor& s, i64 c0, i64 c, Tensor& d_r,
+                                Tensor& d_s) {
+      if (need_input) {
+        Buffer<T> packed(packed_size<T>(c, 9 * k.cout));
+        pack_conv<T>(data<T>(weight), k.cout, cin, c0, c0 + c, true, packed);
+        launch_layer_dgrad<T>(k.n, k.h, k.w, k.cout, c, dz, packed, data<T>(r), data<T>(s),
+                              mutable_data<T>(d_r), mutable_data<T>(d_s));
+      }
+      if (need_weight) {
+        WeightGradJob<T> job{};
+        job.n = k.n, job.h = k.h, job.w = k.w, job.cin = c, job.cout = k.cout, job.taps = 9;
+        job.r = data<T>(r), job.scale = data<T>(s), job.d = dz;
+        launch_weight_grad(job, cin, c0, mutable_data<T>(d_weight));
+      }
+    };
+    source_gradients(r, s, 0, k.c1, d_r, d_s);
+    if (r2) source_gradients(*r2, *s2, k.c1, k.c2, d_r2, d_s2);
+  });
+  return {d_r, d_s, d_r2, d_s2, d_weight, d_bias, d_gamma};
+}
+
+}  // namespace fastphi

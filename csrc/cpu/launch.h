@@ -1,0 +1,52 @@
+// What launchers share: torch's thread pool (so torch.set_num_threads counts, and no second pool
+// fights for the cores) and uninitialised buffers.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+
+namespace fastphi {
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(i64 size = 0) { reserve(size); }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  // At least `size` elements; their values are undefined.
+  void reserve(i64 size) {
+    if (size <= size_) return;
+    std::free(data_);
+    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    size_ = data_ ? size : 0;
+    if (!data_) throw std::bad_alloc();
+  }
+  operator T*() { return data_; }
+  T* get() { return data_; }
+  void zero() { std::memset(data_, 0, size_ * sizeof(T)); }
+
+ private:
+  T* data_ = nullptr;
+  i64 size_ = 0;
+};
+
+// f(begin, end) over [0, n), on one thread where there is less than `work` scalar steps each to
+// share.
+template <class F>
+void parallel(i64 n, i64 steps_each, const F& f) {
+  constexpr i64 WORTH_A_THREAD = 32768;
+  if (n > 0)
+    torch::stable::parallel_for(0, n,
+                                std::max<i64>(1, WORTH_A_THREAD / std::max<i64>(1, steps_each)), f);
+}
+
+}  // namespace fastphi

@@ -1,0 +1,29 @@
+// Every operator of the CPU engine, as ops.cpp registers it: checks and allocation, then a
+// launcher.
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "common.h"
+
+namespace fastphi {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_fwd(
+    Tensor r, Tensor s, OptionalTensor r2, OptionalTensor s2, Tensor weight, OptionalTensor bias,
+    OptionalTensor gamma, double eps, bool relu);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_bwd(
+    Tensor d_r_out, Tensor d_s_out, Tensor r, Tensor s, OptionalTensor r2, OptionalTensor s2,
+    Tensor weight, OptionalTensor gamma, Tensor z, Tensor s_out, Tensor mean, Tensor std, bool relu,
+    bool need_input, bool need_weight);
+Tensor upsample_fwd(Tensor r, Tensor weight);
+std::tuple<Tensor, Tensor> upsample_bwd(Tensor d_out, Tensor r, Tensor weight, bool need_input,
+                                        bool need_weight);
+Tensor avg_pool_fwd(Tensor r);
+Tensor avg_pool_bwd(Tensor d_out);
+Tensor spatial_mean_fwd(Tensor r);
+Tensor spatial_mean_bwd(Tensor d_mean, int64_t height, int64_t width);
+Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
+                    int64_t height, int64_t width);
+
+}  // namespace fastphi

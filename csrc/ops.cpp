@@ -1,0 +1,68 @@
+// Every operator of fastphi. Activations are NHWC and dense, (N, H, W, C), with one scalar per
+// image beside them: the true activation is s * r. float32 and float64. What each computes: the
+// file of its name in cpu/.
+#include "cpu/isa.h"
+#include "operators.h"
+
+#ifndef FASTPHI_BUILD_FLAGS
+#define FASTPHI_BUILD_FLAGS "unknown"
+#endif
+
+STABLE_TORCH_LIBRARY(fastphi, m) {
+  m.def(
+      "fused_layer_fwd(Tensor r, Tensor s, Tensor? r2, Tensor? s2, Tensor weight, Tensor? bias, "
+      "Tensor? "
+      "gamma, "
+      "float eps, bool relu) -> (Tensor r_out, Tensor s_out, Tensor z, Tensor mean, Tensor std)");
+  m.def(
+      "fused_layer_bwd(Tensor d_r_out, Tensor d_s_out, Tensor r, Tensor s, Tensor? r2, Tensor? s2, "
+      "Tensor weight, Tensor? gamma, Tensor z, Tensor s_out, Tensor mean, Tensor std, bool relu, "
+      "bool need_input, bool need_weight) -> (Tensor d_r, Tensor d_s, Tensor d_r2, Tensor d_s2, "
+      "Tensor d_weight, Tensor d_bias, Tensor d_gamma)");
+  m.def("upsample_fwd(Tensor r, Tensor weight) -> Tensor");
+  m.def(
+      "upsample_bwd(Tensor d_out, Tensor r, Tensor weight, bool need_input, bool need_weight) -> "
+      "(Tensor d_r, Tensor d_weight)");
+  m.def("avg_pool_fwd(Tensor r) -> Tensor");
+  m.def("avg_pool_bwd(Tensor d_out) -> Tensor");
+  m.def("spatial_mean_fwd(Tensor r) -> Tensor");
+  m.def("spatial_mean_bwd(Tensor d_mean, int height, int width) -> Tensor");
+  m.def(
+      "noise_normal(int seed, Tensor sample, int stream, Tensor draw, int channels, int height, "
+      "int width) "
+      "-> "
+      "Tensor");
+  m.def("build_info() -> str");
+}
+
+namespace fastphi {
+namespace {
+
+// JSON: what was compiled and what runs.
+std::string build_info() {
+  return "{\"isa\": \"" + isa_in_use() + "\", \"isas compiled\": \"" + isas_compiled() +
+         "\", \"compiler\": \"" __VERSION__ "\", \"torch target\": \"" +
+         std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
+         std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff) +
+         "\", \"flags\": \"" FASTPHI_BUILD_FLAGS "\"}";
+}
+
+}  // namespace
+}  // namespace fastphi
+
+STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
+  using namespace fastphi;
+  m.impl("fused_layer_fwd", TORCH_BOX(&fused_layer_fwd));
+  m.impl("fused_layer_bwd", TORCH_BOX(&fused_layer_bwd));
+  m.impl("upsample_fwd", TORCH_BOX(&upsample_fwd));
+  m.impl("upsample_bwd", TORCH_BOX(&upsample_bwd));
+  m.impl("avg_pool_fwd", TORCH_BOX(&avg_pool_fwd));
+  m.impl("avg_pool_bwd", TORCH_BOX(&avg_pool_bwd));
+  m.impl("spatial_mean_fwd", TORCH_BOX(&spatial_mean_fwd));
+  m.impl("spatial_mean_bwd", TORCH_BOX(&spatial_mean_bwd));
+  m.impl("noise_normal", TORCH_BOX(&noise_normal));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastphi, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&fastphi::build_info));
+}
