@@ -12,15 +12,15 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     sys.exit(
-        "fastphi: torch must be installed before fastphi is built, and the build must see it. Install\n"
-        "torch (https://pytorch.org), then: pip install --no-build-isolation ."
+        "fastphi: torch must be there when fastphi is built, and the build must see it.\n"
+        "Install torch (https://pytorch.org), then: pip install --no-build-isolation ."
     )
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # 2.10: the oldest torch whose stable ABI has all that is used here
 FLAGS = ["-O3", "-fno-math-errno", "-Wall", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-# Multiplications and additions are fused in the kernels and nowhere else: noise_normal's bits are defined
-# with every operation rounded on its own.
+# Multiplications and additions are fused in the kernels and nowhere else: the bits of noise_normal
+# are defined with every operation rounded on its own.
 KERNELS = ["-ffp-contract=fast", "-Wno-psabi"]
 FLAGS_OF = {
     "csrc/cpu/kernels_plain.cpp": KERNELS,
@@ -42,7 +42,7 @@ SOURCES = [
 
 
 class Build(BuildExtension):
-    """torch's build, with flags per file: a file of kernels may use instructions that others must not."""
+    """torch's build, with flags per file: only some files may use AVX-512."""
 
     def build_extension(self, ext):
         compile_all = self.compiler.compile

@@ -1,11 +1,12 @@
-"""The compiled operators (csrc/ops.cpp): differentiable, and known to torch.compile and torch.export.
+"""The compiled operators (csrc/ops.cpp): differentiable, known to torch.compile and torch.export.
 
-Activations are NHWC, dense, (N, H, W, C), float32 or float64 on the CPU, with one scalar per image beside
-them: the true activation is s·r. That defers the norm's division by the standard deviation, which commutes
-with everything up to the next norm (csrc/README.md), so the norm costs no pass over the data.
+Activations are NHWC, dense, (N, H, W, C), float32 or float64 on the CPU, with one scalar per image
+beside them: the true activation is s·r. That defers the norm's division by the standard deviation,
+which commutes with everything up to the next norm (csrc/README.md): the norm costs no pass over the
+data.
 
-Without the compiled library the package imports all the same; `missing()` then says why, and each op
-raises that.
+Without the compiled library the package imports all the same; `missing()` then says why, and each
+op raises that.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ def fused_layer(
     r2: Tensor | None = None,
     s2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """conv 3×3 → norm → ReLU of the activation s·r (and s2·r2, its further channels), norm deferred.
+    """conv 3×3 → norm → ReLU of s·r (and s2·r2, its further channels), the norm deferred.
 
     r: (N, H, W, C1); s: (N,); r2: (N, H, W, C2); s2: (N,); weight: (Cout, C1 + C2, 3, 3);
     bias, gamma: (Cout,). With z = conv(s·r ‖ s2·r2) + bias returns
-    r_out = ReLU(γ z), (N, H, W, Cout), and s_out = 1/(std(z) + eps), (N,), std over one image, biased.
+    r_out = ReLU(γ z), (N, H, W, Cout), and s_out = 1/(std(z) + eps), (N,), with the biased std over
+    one image.
     gamma None: no norm, s_out = 1; relu False: no ReLU.
 
     Raises RuntimeError where a tensor does not fit, naming it.
@@ -77,7 +79,7 @@ def fused_layer(
 
 
 def upsample(r: Tensor, weight: Tensor) -> Tensor:
-    """Transposed conv 2×2, stride 2, no bias: (N, H, W, Cin), (Cin, Cout, 2, 2) -> (N, 2H, 2W, Cout)."""
+    """Transposed conv 2×2, stride 2: (N, H, W, Cin), (Cin, Cout, 2, 2) -> (N, 2H, 2W, Cout)."""
     return _op("upsample_fwd")(r.contiguous(), weight.contiguous())
 
 
@@ -101,7 +103,7 @@ def noise_normal(
     return _op("noise_normal")(seed, sample, stream, draw, channels, height, width)
 
 
-# --- what torch is told: shapes without data, gradients --------------------------------------------
+# --- what torch is told: shapes without data, gradients -------------------------------------------
 
 
 def _expect(t: Tensor, name: str, shape: tuple[Any, ...], like: Tensor | None = None) -> None:
