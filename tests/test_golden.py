@@ -8,8 +8,8 @@ import torch
 
 from fastphi import engine
 
-# Tolerances of the README: relative to the array's maximum; Adam divides by the gradient's own size,
-# so 20 iterations amplify its error.
+# Tolerances of the README: relative to the array's maximum; Adam divides by the gradient's own
+# size, so 20 iterations amplify its error.
 FORWARD, GRADIENT, MATCH = 1e-5, 5e-6, 2e-3
 
 
