@@ -144,9 +144,11 @@ def channel_subset(channels: Any, count: int, name: str = "channels") -> tuple[i
     """Distinct channel numbers in [0, count); None means all."""
     if channels is None:
         return None
-    out = tuple(
-        integer(int(c), f"{name}[{i}]", low=0, high=count - 1) for i, c in enumerate(channels)
-    )
+    if hasattr(channels, "tolist"):  # a tensor's or an array's own numbers
+        channels = channels.tolist()
+    if isinstance(channels, (str, bytes)) or not hasattr(channels, "__iter__"):
+        raise TypeError(f"{name}: expected a list of channel numbers, got {channels!r}")
+    out = tuple(integer(c, f"{name}[{i}]", low=0, high=count - 1) for i, c in enumerate(channels))
     if not out or len(set(out)) != len(out):
         raise ValueError(f"{name}: expected distinct channel numbers, at least one; got {out}")
     return out
