@@ -84,7 +84,9 @@ def read_arguments(path: Path) -> dict[str, Any]:
         for opcode, argument, _ in pickletools.genops(content):
             if opcode.name not in _PLAIN_OPCODES:
                 raise pickle.UnpicklingError(f"it has the instruction {opcode.name}")
-            if "PUT" in opcode.name and argument > len(content):  # a memo that long would be made
+            if "PUT" in opcode.name and int(argument or 0) > len(
+                content
+            ):  # a memo that long would be made
                 raise pickle.UnpicklingError(f"it has the instruction {opcode.name} {argument}")
         found = _Unpickler(io.BytesIO(content)).load()
     except pickle.UnpicklingError as error:
@@ -181,7 +183,8 @@ def names(model: UNet) -> Iterator[tuple[str, str]]:
     table |= {f"decoder.{b}": f"dec{b + 1}" for b in blocks}
     for theirs, ours in table.items():
         i = 0
-        for k, layer in enumerate(model.get_submodule(ours)):  # type: ignore[arg-type]
+        block: Any = model.get_submodule(ours)
+        for k, layer in enumerate(block):
             yield f"{theirs}.{i}.weight", f"{ours}.{k}.weight"
             if layer.bias is not None:
                 yield f"{theirs}.{i}.bias", f"{ours}.{k}.bias"

@@ -93,7 +93,8 @@ def runner(model: UNet, x: Tensor) -> Runner:
     engine = pick(model, x)
     prepared = _runners.setdefault(model, {})
     if engine.name not in prepared:
-        prepared[engine.name] = engine.runner(weakref.proxy(model))
+        proxy: Any = weakref.proxy(model)  # the runner must not keep its model alive
+        prepared[engine.name] = engine.runner(proxy)
     return prepared[engine.name]
 
 
@@ -107,7 +108,7 @@ def pick(model: UNet, x: Tensor) -> Engine:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     wanted = model.backend if model.backend != "auto" else _environment()
-    reasons = []
+    reasons: list[str] = []
     for engine in ENGINES:
         if wanted not in ("auto", engine.name):
             continue

@@ -69,5 +69,7 @@ def permutation(seed: int, n: int, stream: int = 0, draw: int = 0) -> np.ndarray
 def _words(seed: int, sample: np.ndarray, stream: int, draw: int) -> np.ndarray:
     validate.seed(seed)
     sample = np.asarray(sample, np.int64).reshape(-1)
-    words = reference.philox(seed, 0, np.full_like(sample, draw), stream, sample)
+    words = reference.philox(
+        seed, np.zeros_like(sample), np.full_like(sample, draw), stream, sample
+    )
     return words[:, 0] << np.uint64(32) | words[:, 1]

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,7 +178,7 @@ def _counters(sigma: float, draw: int) -> tuple[int, int]:
 
 def _run(
     job: _Job, todo: dict[float, np.ndarray], batch: int, workers: int, progress: bool
-) -> Iterator[tuple[float, np.ndarray, Means]]:
+) -> Generator[tuple[float, np.ndarray, Means], None, None]:
     """(σ, rows, means) of every chunk, in the order in which they are done."""
     chunks = [
         (s, rows[i : i + batch]) for s, rows in todo.items() for i in range(0, len(rows), batch)
@@ -187,6 +187,7 @@ def _run(
         return
     bar = _bar(sum(len(rows) for _, rows in chunks), progress)
     try:
+        done: Iterator[Any]
         if workers == 1:
             done = ((chunk, _chunk(job, *chunk)) for chunk in chunks)
         else:

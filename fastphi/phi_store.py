@@ -48,15 +48,13 @@ class PhiStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Path | None = Path(path)
         self.manifest = _read_manifest(self.path)
-        shapes = {done_file(s): ((self.manifest["rows"],), np.uint8) for s in self.sigmas}
+        rows = self.manifest["rows"]
         for sigma in self.sigmas:
             for block, width in self.manifest["blocks"].items():
-                shape = (self.manifest["rows"], width)
-                shapes[phi_file(sigma, block)] = (shape, np.float32)  # type: ignore[assignment]
+                _check(self.path, phi_file(sigma, block), (rows, width), np.float32)
+            _check(self.path, done_file(sigma), (rows,), np.uint8)
         if self.manifest["indices"] is not None:
-            shapes["indices.npy"] = ((self.manifest["rows"],), np.int64)  # type: ignore[assignment]
-        for name, (shape, dtype) in shapes.items():
-            _check(self.path, name, shape, np.dtype(dtype))
+            _check(self.path, "indices.npy", (rows,), np.int64)
 
     @classmethod
     def in_memory(cls, manifest: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> PhiStore:
@@ -213,7 +211,7 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: Any) -> None:
             try:
                 os.posix_fallocate(f.fileno(), 0, size)
             except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+                raise OSError(error.errno, error.strerror, str(path)) from None
         f.truncate(size)
 
 
@@ -262,7 +260,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check(path: Path, name: str, shape: Sequence[int], dtype: np.dtype) -> None:
+def _check(path: Path, name: str, shape: Sequence[int], dtype: Any) -> None:
     try:
         array = np.load(path / name, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -271,5 +269,6 @@ def _check(path: Path, name: str, shape: Sequence[int], dtype: np.dtype) -> None
         raise ValueError(f"store {path}: {name} is truncated or damaged ({error})") from None
     if array.shape != tuple(shape) or array.dtype != dtype:
         raise ValueError(
-            f"store {path}: {name} is {array.dtype} {array.shape}, expected {dtype} {tuple(shape)}"
+            f"store {path}: {name} is {array.dtype} {array.shape}, "
+            f"expected {np.dtype(dtype)} {tuple(shape)}"
         )

@@ -191,7 +191,8 @@ class UNet(nn.Module):
             yield f"dec{b}", h
 
     def _block(self, name: str, ops: engine.Ops, h: Any, skip: Any = None) -> Any:
-        for i, layer in enumerate(self.get_submodule(name)):  # type: ignore[arg-type]
+        block: Any = self.get_submodule(name)
+        for i, layer in enumerate(block):
             h = layer(ops, h, skip if i == 0 else None)
         return h
 
