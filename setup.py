@@ -35,8 +35,11 @@ SOURCES = [
     "csrc/cpu/conv.cpp",
     "csrc/cpu/fused_layer.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/match_steps.cpp",
     "csrc/cpu/noise_normal.cpp",
+    "csrc/cpu/pack_weights.cpp",
     "csrc/cpu/spatial_mean.cpp",
+    "csrc/cpu/unet_fwd.cpp",
     "csrc/cpu/upsample.cpp",
 ]
 

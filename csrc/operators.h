@@ -23,6 +23,15 @@ Tensor avg_pool_fwd(Tensor r);
 Tensor avg_pool_bwd(Tensor d_out);
 Tensor spatial_mean_fwd(Tensor r);
 Tensor spatial_mean_bwd(Tensor d_mean, int64_t height, int64_t width);
+std::tuple<Tensor, Tensor> unet_fwd(Tensor x, Shape channels, Shape enc_layers, int64_t mid_layers,
+                                    Shape dec_layers, double eps, std::vector<Tensor> packed,
+                                    int64_t blocks);
+void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
+                 Tensor target, Tensor weight, Shape channels, Shape enc_layers, int64_t mid_layers,
+                 double eps, std::vector<Tensor> packed, std::vector<Tensor> packed_t, double lr,
+                 double tolerance, int64_t start, int64_t steps);
+Tensor pack_conv_weights(Tensor weight, int64_t first, int64_t last, bool transposed);
+Tensor pack_upsample_weights(Tensor weight);
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width);
 

@@ -32,6 +32,21 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "int width) "
       "-> "
       "Tensor");
+
+  // The runner's (fastphi/cpu.py): a whole network in a call, on packed weights, without autograd.
+  m.def("pack_conv_weights(Tensor weight, int first, int last, bool transposed) -> Tensor");
+  m.def("pack_upsample_weights(Tensor weight) -> Tensor");
+  m.def(
+      "unet_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "
+      "float eps, "
+      "Tensor[] packed, int blocks) -> (Tensor image, Tensor means)");
+  m.def(
+      "match_steps(Tensor(a!) x, Tensor(b!) m, Tensor(c!) v, Tensor(d!) losses, Tensor(e!) "
+      "updates, "
+      "Tensor(f!) active, Tensor target, Tensor weight, int[] channels, int[] enc_layers, int "
+      "mid_layers, "
+      "float eps, Tensor[] packed, Tensor[] packed_t, float lr, float tolerance, int start, int "
+      "steps) -> ()");
   m.def("build_info() -> str");
 }
 
@@ -60,6 +75,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("avg_pool_bwd", TORCH_BOX(&avg_pool_bwd));
   m.impl("spatial_mean_fwd", TORCH_BOX(&spatial_mean_fwd));
   m.impl("spatial_mean_bwd", TORCH_BOX(&spatial_mean_bwd));
+  m.impl("pack_conv_weights", TORCH_BOX(&pack_conv_weights));
+  m.impl("pack_upsample_weights", TORCH_BOX(&pack_upsample_weights));
+  m.impl("unet_fwd", TORCH_BOX(&unet_fwd));
+  m.impl("match_steps", TORCH_BOX(&match_steps));
   m.impl("noise_normal", TORCH_BOX(&noise_normal));
 }
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastphi import ops, reference
+from fastphi import ops
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet, UNetConfig
@@ -72,22 +72,132 @@ class CPUOps:
 
 
 class CPURunner:
-    """The runner of the seam (`fastphi.engine.Runner`), by the ops."""
+    """The runner of the seam (`fastphi.engine.Runner`): a whole network, or match, per call.
+
+    Weights are packed when first needed and again when a parameter has changed.
+    """
+
+    STEPS = 10  # updates per call into C++: between calls Python can be interrupted
 
     def __init__(self, model: UNet) -> None:
         self.model = model
+        self._packed: dict[str, tuple[tuple, list[Tensor]]] = {}
 
     @torch.no_grad()
     def denoise(self, x: Tensor) -> Tensor:
-        return self.model.walk(CPUOps(), x)
+        x = x.detach().contiguous()
+        out, _ = torch.ops.fastphi.unet_fwd(x, *self._network(decoder=True), 0)
+        return x - out if self.model.config.residual else out
 
     @torch.no_grad()
     def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]:
-        return self.model.walk_means(CPUOps(), x, until)
+        names = self.model.config.block_names
+        names = names[: names.index(until or names[-1]) + 1]
+        network = self._network(decoder=names[-1].startswith("dec"))
+        _, means = torch.ops.fastphi.unet_fwd(x.detach().contiguous(), *network, len(names))
+        widths = [self.model.config.channels[_depth(self.model.config, name)] for name in names]
+        return {
+            name: part.contiguous()
+            for name, part in zip(names, means.split(widths, dim=1), strict=True)
+        }
 
+    @torch.no_grad()
     def match(
         self, x: Tensor, target: Tensor, weight: Tensor, lr: float, max_iter: int, tolerance: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return reference.ReferenceRunner(self.model).match(
-            x, target, weight, lr, max_iter, tolerance
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        m, v = torch.zeros_like(x), torch.zeros_like(x)
+        losses = x.new_full((max_iter + 1, len(x)), torch.nan)
+        updates = torch.zeros(len(x), dtype=torch.int64)
+        active = torch.ones(len(x), dtype=torch.bool)
+        channels, enc_layers, mid_layers, _, eps, packed = self._network(decoder=False)
+        transposed = self._parameters("transposed")
+        for start in range(0, max_iter + 1, self.STEPS):
+            torch.ops.fastphi.match_steps(
+                x,
+                m,
+                v,
+                losses,
+                updates,
+                active,
+                target.contiguous(),
+                weight.contiguous(),
+                channels,
+                enc_layers,
+                mid_layers,
+                eps,
+                packed,
+                transposed,
+                lr,
+                tolerance,
+                start,
+                self.STEPS,
+            )
+            if not active.any():
+                break
+        last = losses.gather(0, updates[None])[0]
+        converged = (last <= tolerance * losses[0]) if tolerance > 0 else torch.zeros_like(active)
+        return x, losses, updates, converged
+
+    def _network(self, decoder: bool) -> tuple[Any, ...]:
+        """What unet_fwd wants to know of the model: sizes, and parameters in network order."""
+        config = self.model.config
+        dec_layers = config.dec_layers if decoder else ()
+        packed = self._parameters("encoder") + (self._parameters("decoder") if decoder else [])
+        return (
+            config.channels,
+            config.enc_layers,
+            config.mid_layers,
+            dec_layers,
+            config.eps,
+            packed,
         )
+
+    def _parameters(self, part: str) -> list[Tensor]:
+        """Packed parameters of "encoder" (with the middle block), "decoder", or "transposed".
+
+        Four tensors per convolution: weights, weights of the skip, bias, gamma; empty for none.
+        """
+        parameters = dict(self.model.named_parameters())
+        blocks = range(1, self.model.config.blocks + 1)
+        if part == "decoder":
+            prefixes = [p for b in reversed(blocks) for p in (f"up{b}.", f"dec{b}.")]
+        else:
+            prefixes = [*(f"enc{b}." for b in blocks), "mid."]
+        mine = {n: p.detach() for f in prefixes for n, p in parameters.items() if n.startswith(f)}
+        key = tuple((p.data_ptr(), _version(p), p.dtype) for p in mine.values())
+        if part not in self._packed or self._packed[part][0] != key:
+            self._packed[part] = (key, self._pack(mine, transposed=part == "transposed"))
+        return self._packed[part][1]
+
+    def _pack(self, parameters: dict[str, Tensor], transposed: bool) -> list[Tensor]:
+        packed = []
+        for name, weight in parameters.items():
+            layer, _, kind = name.rpartition(".")
+            if kind != "weight":
+                continue
+            none = weight.new_empty(0)
+            weight = weight.contiguous()
+            second = none
+            if layer.startswith("up"):
+                first = torch.ops.fastphi.pack_upsample_weights(weight)
+            else:
+                cin = weight.shape[1]
+                # a decoder block's first layer reads the up-sampled channels, then the skip's
+                own = cin // 2 if layer.startswith("dec") and layer.endswith(".0") else cin
+                pack = torch.ops.fastphi.pack_conv_weights
+                first = pack(weight, 0, own, transposed)
+                if own < cin:
+                    second = pack(weight, own, cin, transposed)
+            rest = [parameters.get(f"{layer}.{kind}", none) for kind in ("bias", "gamma")]
+            packed += [first, second, *(p.contiguous() for p in rest)]
+        return packed
+
+
+def _depth(config: UNetConfig, block: str) -> int:
+    """Resolution of a block: 0 is full, `config.blocks` that of the middle block."""
+    return config.blocks if block == "mid" else int(block[3:]) - 1
+
+
+def _version(p: Tensor) -> int:
+    return 0 if p.is_inference() else p._version

@@ -134,6 +134,17 @@ void launch_layer_dgrad(i64 n, i64 h, i64 w, i64 cout, i64 c, const T* dz, const
 }
 
 template <class T>
+void launch_conv_transposed(i64 n, i64 h, i64 w, i64 cout, i64 c, const T* dz, const T* packed,
+                            T* out) {
+  ConvJob<T> job{};
+  job.n = n, job.h = h, job.w = w, job.cout = c, job.panels = panels_of<T>(c);
+  job.sources = 1;
+  job.source[0] = {dz, nullptr, packed, cout};
+  job.r_out = out;
+  run_conv(job, cout);
+}
+
+template <class T>
 void norm_coefficients(i64 n, i64 count, const T* d_s_out, const T* s_out, const T* std,
                        T* coefficient) {
   for (i64 i = 0; i < n; ++i) {
@@ -228,6 +239,7 @@ void launch_upsample_bwd(UpsampleJob<T> job) {
   template void launch_layer_fwd(ConvJob<T>, T, T*, T*, T*);                              \
   template void launch_layer_dgrad(i64, i64, i64, i64, i64, const T*, const T*, const T*, \
                                    const T*, T*, T*);                                     \
+  template void launch_conv_transposed(i64, i64, i64, i64, i64, const T*, const T*, T*);  \
   template void norm_coefficients(i64, i64, const T*, const T*, const T*, T*);            \
   template void launch_layer_grad(LayerGradJob<T>, T*, T*);                               \
   template void launch_weight_grad(WeightGradJob<T>, i64, i64, T*);                       \

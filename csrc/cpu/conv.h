@@ -31,6 +31,11 @@ template <class T>
 void launch_layer_dgrad(i64 n, i64 h, i64 w, i64 cout, i64 c, const T* dz, const T* packed,
                         const T* r, const T* scale, T* d_r, T* d_s);
 
+// out (N, H, W, C) = convT(dz) alone: the gradient of a first layer's image.
+template <class T>
+void launch_conv_transposed(i64 n, i64 h, i64 w, i64 cout, i64 c, const T* dz, const T* packed,
+                            T* out);
+
 // (N,): dz += coefficient * (z - mean), the gradient through s_out: -d_s_out s_out^2 / (count *
 // std), 0 at std 0.
 template <class T>

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "kernels.h"
 
@@ -20,6 +21,13 @@ class Buffer {
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) {
+    other.data_ = nullptr, other.size_ = 0;
+  }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_), std::swap(size_, other.size_);
+    return *this;
+  }
 
   // At least `size` elements; their values are undefined.
   void reserve(i64 size) {
@@ -30,8 +38,8 @@ class Buffer {
     size_ = data_ ? size : 0;
     if (!data_) throw std::bad_alloc();
   }
-  operator T*() { return data_; }
-  T* get() { return data_; }
+  operator T*() const { return data_; }
+  T* get() const { return data_; }
   void zero() { std::memset(data_, 0, size_ * sizeof(T)); }
 
  private:
