@@ -26,22 +26,36 @@ def _load() -> str | None:
         return f"the compiled library (fastphi/_cpu*.so) is not there; {how}"
     try:
         torch.ops.load_library(str(found[0]))
-        torch.ops.fastphi.build_info()  # also the first to see a FASTPHI_ISA that cannot be
     except (OSError, RuntimeError) as error:
         return f"{found[0].name} does not load ({str(error).splitlines()[0]}); {how}"
     return None
 
 
+def _check_isa() -> str | None:
+    """What is wrong with FASTPHI_ISA: the library looks at it when it is first used."""
+    try:
+        torch.ops.fastphi.build_info()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 _missing = _load()
+_wrong_isa = _check_isa() if _missing is None else None
 
 
 def missing() -> str | None:
-    """Why the compiled operators cannot be used, or None."""
+    """Why the compiled operators cannot be used, or None.
+
+    Raises ValueError where FASTPHI_ISA asks for an instruction set that is unknown or not there.
+    """
+    if _wrong_isa is not None:
+        raise ValueError(_wrong_isa)
     return _missing
 
 
 def _op(name: str) -> Any:
-    if _missing is not None:
+    if missing() is not None:
         raise RuntimeError(f"fastphi.ops.{name}: {_missing}")
     return getattr(torch.ops.fastphi, name)
 
