@@ -171,6 +171,24 @@ def test_finished_store_reads_no_image(model, images, tmp_path):
     extract(model, Stops(images, 0), tmp_path, sigmas=[0.2], draws=1)
 
 
+def test_one_draw_without_noise(model, images, monkeypatch):
+    calls = []
+    true = model.block_means
+    monkeypatch.setattr(model, "block_means", lambda *a, **k: calls.append(1) or true(*a, **k))
+    store = extract(model, images, sigmas=[0.0], draws=20)
+    assert len(calls) == 1
+    with torch.no_grad():
+        np.testing.assert_array_equal(store.array(0.0), model.phi(images).numpy())
+
+
+def test_leftovers_of_a_killed_writer_go(model, images, tmp_path):
+    """An array is made under another name first: a kill at that moment leaves it, however large."""
+    (tmp_path / f".{phi_file(0.2, 'mid')}.x1y2.tmp").write_bytes(b"half")
+    (tmp_path / phi_file(0.2, "mid")).write_bytes(b"made before the manifest was")
+    store = extract(model, images, tmp_path, sigmas=[0.2], draws=1)
+    assert store.complete and not list(tmp_path.glob(".*.tmp"))
+
+
 def test_levels_may_be_added(model, images, tmp_path):
     extract(model, images, tmp_path, sigmas=[0.5], draws=1)
     store = extract(model, Stops(images, 1), tmp_path, sigmas=[0.1], draws=1)
