@@ -1,6 +1,6 @@
-"""The command line: one function per command, its options from the signature, its help from the text.
+"""The command line: one function per command, options from its signature, help from its text.
 
-Errors a user can mend end with one line and exit code 2; Ctrl-C with 130; nothing half-written stays.
+Errors a user can mend end with one line and exit code 2, Ctrl-C with 130; no half-written file stays.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def neighbours(
     picture: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Nearest neighbours in φ (cosine), as JSON; with --images also in pixels, with --picture a panel.
+    """Nearest neighbours in φ (cosine), as JSON; with --images in pixels too.
 
     Args:
         store: a φ store written by `fastphi extract`.
@@ -159,8 +159,8 @@ def reconstruct(
     channels: tuple[int, ...] | None = None,
     zero_elsewhere: bool = False,
     form: Literal["schedule", "adaptive"] = "schedule",
-    first_sigma: float = 1.0,
-    last_sigma: float = 0.03,
+    first_sigma: float | None = None,
+    last_sigma: float | None = None,
     steps: int = 100,
     h0: float = 0.01,
     beta: float = 0.01,
@@ -191,8 +191,8 @@ def reconstruct(
         channels: match these channels only.
         zero_elsewhere: with --channels: all channels in the loss, target zero elsewhere.
         form: the noise schedule, or the step size adapted to each image's own noise level.
-        first_sigma: schedule: the first noise level. adaptive: sigma_0.
-        last_sigma: the last noise level; adaptive: stop below it.
+        first_sigma: the noise level to start from (default: 1, at most the top of training).
+        last_sigma: the noise level to end at (default: 0.03; adaptive: 0.01).
         steps: schedule: number of noise levels.
         h0: adaptive: step size.
         beta: adaptive: share of noise put back.
@@ -220,7 +220,9 @@ def sample(
     h0: float = 0.01,
     beta: float = 0.01,
     fixed_h: bool = False,
+    first_sigma: float | None = None,
     last_sigma: float | None = None,
+    steps: int = 100,
     seed: int = 0,
     picture: Path | None = None,
     device: str = "cpu",
@@ -237,7 +239,9 @@ def sample(
         h0: step size.
         beta: share of noise put back.
         fixed_h: the step size stays h0 (thousands of steps).
-        last_sigma: stop below this noise level (default: the form's own).
+        first_sigma: the noise level to start from (default: 1, at most the top of training).
+        last_sigma: the noise level to end at (default: 0.01; schedule: 0.03).
+        steps: schedule: number of noise levels.
         seed: of the noise.
         picture: a PNG to write.
         device: cpu or cuda.

@@ -40,7 +40,7 @@ def neighbours_command(
             raise ValueError(
                 f"images: the pack has {len(packed)} images, the store {len(phi)} rows"
             )
-        pixels = packed.images.reshape(len(packed), -1)
+        pixels = packed.batch(range(len(packed))).flatten(1).numpy()
         found["pixels"], found["pixel_cosine"] = _others(pixels, queries, k)
         if picture is not None:
             _neighbour_picture(packed, found, picture)
@@ -69,6 +69,7 @@ def _neighbour_picture(packed: Any, found: dict[str, Any], picture: Path) -> Non
 def reconstruct_command(
     model: Path,
     out: Path,
+    *,
     images: Path | None,
     indices: tuple[int, ...],
     phi: Path | None,
@@ -79,7 +80,6 @@ def reconstruct_command(
     channels: tuple[int, ...] | None,
     zero_elsewhere: bool,
     picture: Path | None,
-    size: int | None,
     device: str,
     backend: str,
     **options: Any,
@@ -90,40 +90,35 @@ def reconstruct_command(
     if zero_elsewhere and channels is None:
         raise ValueError("zero_elsewhere: needs --channels")
     loaded = fastphi.load(model, device=device, backend=backend)
-    clean = None
     how = None if combine == "none" else combine
+    common: dict[str, Any] = {"copies": copies, "sigma": target_sigma}
+    clean = None
     if images is not None:
-        packed = data.open_images(images)
         if not indices:
             raise ValueError("indices: name at least one image of the pack")
-        clean = packed.batch(np.array(indices)).to(device)
-        size = size or packed.size
+        clean = data.open_images(images).batch(indices).to(device)
         if how:
-            target = targets.centroid(loaded, clean, how=how, copies=copies, sigma=target_sigma)
+            target = targets.centroid(loaded, clean, how, **common)
         else:
-            target = targets.from_images(loaded, clean, copies=copies, sigma=target_sigma)
+            target = targets.from_images(loaded, clean, **common)
     elif store is not None:
-        rows = indices or None
-        target = targets.from_store(
-            fastphi.PhiStore(store), rows, how=how, copies=copies, sigma=target_sigma
-        )
+        target = targets.from_store(store, indices or None, how=how, **common)
     else:
-        values = torch.from_numpy(np.load(phi, allow_pickle=False)).float()
-        target = targets.fixed(values.to(device), copies=copies)
+        if how or indices or target_sigma is not None:
+            raise ValueError("phi: --combine, --indices and --target-sigma do not go with --phi")
+        assert phi is not None
+        values = torch.from_numpy(np.load(phi, allow_pickle=False))
+        target = targets.fixed(values.to(loaded.mid[0].weight), copies=copies)  # type: ignore
     if channels is not None:
         target = target.with_channels(channels, zero_elsewhere=zero_elsewhere)
-    result = fastphi.reconstruct(
-        loaded, target, size=size, save=out, progress=True, **_levels(options)
-    )
-    last = result.losses_last[-1] / result.losses_first[0]
-    print(f"{out}: {len(result.images)} images, final over first loss {np.nanmedian(last):.2g}")
+    result = fastphi.reconstruct(loaded, target, save=out, progress=True, **_ends(options))
+    ratio = float((result.losses_last / result.losses_first).nanmedian())
+    print(f"{out}: {len(result)} images, phi loss after over before matching {ratio:.2g} (median)")
     if picture is not None:
-        rows = list(result.images.cpu().split(max(copies, 1)))
+        rows = [row.cpu() for row in result.images.split(copies)]
         if clean is not None and how is None:
             rows = [torch.cat([c[None].cpu(), r]) for c, r in zip(clean, rows, strict=True)]
-        _save_grid(
-            picture, rows, ["target first" if clean is not None and not how else ""] * len(rows)
-        )
+        _save_grid(picture, rows, [])
 
 
 def sample_command(
@@ -137,17 +132,19 @@ def sample_command(
 ) -> None:
     """Sample, draw."""
     loaded = fastphi.load(model, device=device, backend=backend)
-    result = fastphi.sample(loaded, n, save=out, progress=True, **options)
-    print(f"{out}: {len(result.images)} images")
+    result = fastphi.sample(loaded, n, save=out, progress=True, **_ends(options))
+    print(f"{out}: {len(result)} images")
     if picture is not None:
         _save_grid(picture, list(result.images.cpu().split(8)), [])
 
 
-def _levels(options: dict[str, Any]) -> dict[str, Any]:
-    """Command options to those of `fastphi.reconstruct`: a schedule, or the adaptive form's ends."""
-    options = dict(options)
+def _ends(options: dict[str, Any]) -> dict[str, Any]:
+    """First and last noise level as the form takes them; None leaves the form's own."""
     first, last, steps = (options.pop(name) for name in ("first_sigma", "last_sigma", "steps"))
-    return options | {"sigmas": (first, last, steps)}
+    if options["form"] == "schedule":
+        given = (1.0 if first is None else first, 0.03 if last is None else last, steps)
+        return options | ({"sigmas": given} if (first, last, steps) != (None, None, 100) else {})
+    return options | {"sigma_0": first, "sigma_last": last}
 
 
 def _save_grid(picture: str | os.PathLike[str], rows: list[Any], labels: list[str]) -> None:

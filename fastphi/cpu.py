@@ -136,7 +136,9 @@ class CPURunner:
             if not active.any():
                 break
         last = losses.gather(0, updates[None])[0]
-        converged = (last <= tolerance * losses[0]) if tolerance > 0 else torch.zeros_like(active)
+        # in double, as the C++ compares
+        reached = last.double() <= tolerance * losses[0].double()
+        converged = reached if tolerance > 0 else torch.zeros_like(reached)
         return x, losses, updates, converged
 
     def _network(self, decoder: bool) -> tuple[Any, ...]:

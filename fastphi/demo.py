@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import fastphi
-from fastphi import data, noise, targets
+from fastphi import noise, plots, targets
 from fastphi.analysis.neighbours import nearest
 from fastphi.analysis.sparsity import participation_ratio
 from fastphi.report import Report
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, help="a folder of photographs (default: scikit-learn's)"
     )
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of 64 patches")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of 64 patches")
     arguments = parser.parse_args()
     try:
         run(arguments.out, arguments.data, arguments.steps)
@@ -82,15 +82,13 @@ def _step(name: str, what: str, duration: str) -> Iterator[None]:
 
 
 def _patches(out: Path, folder: Path | None) -> tuple[Any, Any, str]:
-    """Packs of training and held-out patches that share no pixel: a strip of each photograph is kept."""
+    """Packs of training and held-out patches that share no pixel: a strip of each is kept."""
     if folder is not None:
-        photographs = list(data.photographs(folder))
-        name = str(folder)
+        photographs, name = _photographs(folder), str(folder)
     else:
         from sklearn.datasets import load_sample_images
 
-        photographs = list(load_sample_images().images)
-        name = "scikit-learn's two photographs"
+        photographs, name = list(load_sample_images().images), "scikit-learn's two photographs"
     rng = np.random.default_rng(0)
     seen: dict[str, list[np.ndarray]] = {"train": [], "heldout": []}
     for photograph in photographs:
@@ -113,6 +111,27 @@ def _patches(out: Path, folder: Path | None) -> tuple[Any, Any, str]:
         array.unlink()
         print(f"   {split}: {len(packs[split])} patches")
     return packs["train"], packs["heldout"], name
+
+
+def _photographs(folder: Path) -> list[np.ndarray]:
+    """The first hundred photographs below a folder, each (H, W, 3) uint8, at most 1024 pixels wide."""
+    from PIL import Image, ImageOps
+
+    found = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else ():
+        try:
+            with Image.open(path) as opened:
+                photograph = ImageOps.exif_transpose(opened).convert("RGB")
+        except OSError as error:
+            print(f"   {path} passed over: {error}")
+            continue
+        photograph.thumbnail((1024, 1024))
+        found.append(np.asarray(photograph))
+        if len(found) == 100:
+            break
+    if not found:
+        raise ValueError(f"data: {folder} is not a folder with a readable photograph in it")
+    return found
 
 
 def _half(photograph: np.ndarray) -> np.ndarray:
@@ -138,6 +157,7 @@ def _train(out: Path, steps: int, name: str) -> fastphi.UNet:
         heldout=out / "heldout-pack",
         out=out / "model",
         model=NETWORK,
+        amp="off",  # the compiled engine is as fast in float32
         max_steps=steps,
         batch=64,
         lr_halve_every=5,
@@ -177,10 +197,8 @@ def _report(
         "denoiser takes away.",
         columns=2,
     ) as (left, right):
-        fastphi_plots().training_curve(
-            left, [x["step"] for x in training], [x["loss"] for x in training]
-        )
-        fastphi_plots().psnr_against_sigma(right, psnr)
+        plots.training_curve(left, [x["step"] for x in training], [x["loss"] for x in training])
+        plots.psnr_against_sigma(right, psnr)
     _denoised(report, model, heldout)
     _neighbours(report, heldout, store)
     _reconstructions(report, model, clean, result)
@@ -191,14 +209,8 @@ def _report(
         size=(7, 3.4),
     ) as (ax,):
         blocks = {b: participation_ratio(store.array(SIGMA, b)) for b in store.blocks}
-        fastphi_plots().participation(ax, blocks)
+        plots.participation(ax, blocks)
     return report
-
-
-def fastphi_plots() -> Any:
-    from fastphi import plots
-
-    return plots
 
 
 def _denoised(report: Report, model: Any, heldout: Any) -> None:
@@ -214,7 +226,7 @@ def _denoised(report: Report, model: Any, heldout: Any) -> None:
             labels += [f"σ = {sigma}", "denoised"]
     text = "Held-out patches, with noise of three levels, and denoised. The network is not told σ."
     with report.figure("Denoising", text, size=(9, 6.5)) as (ax,):
-        fastphi_plots().images(ax, rows, labels)
+        plots.images(ax, rows, labels)
 
 
 def _neighbours(report: Report, heldout: Any, store: Any) -> None:
@@ -228,7 +240,7 @@ def _neighbours(report: Report, heldout: Any, store: Any) -> None:
     with report.figure("Nearest neighbours", text, columns=2, size=(9, 4.2)) as axes:
         for ax, rows, title in zip(axes, (phi, pixels), ("in φ", "in pixels"), strict=True):
             index, _ = nearest(rows[queries], rows, k=6)
-            fastphi_plots().images(ax, [heldout.batch(row) for row in index])
+            plots.images(ax, [heldout.batch(row) for row in index])
             ax.set_title(title)
 
 
@@ -240,7 +252,7 @@ def _reconstructions(report: Report, model: Any, clean: Any, result: Any) -> Non
     )
     with report.figure("Reconstruction from φ", text, len(clean), size=(9, 3.4)) as axes:
         for ax, target, eight in zip(axes, clean, samples, strict=True):
-            fastphi_plots().reconstruction_panel(ax, target, eight)
+            plots.reconstruction_panel(ax, target, eight)
     rows = []
     for i, (target, eight) in enumerate(zip(clean, samples, strict=True)):
         with torch.no_grad():

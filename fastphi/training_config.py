@@ -124,6 +124,7 @@ class TrainConfig:
             put("sigma_min", 1 / 255 if log_uniform else 0.0)
         put("sigma_min", validate.sigma(self.sigma_min, "sigma_min"))
         put("sigma_max", validate.sigma(self.sigma_max, "sigma_max", allow_zero=False))
+        assert self.sigma_min is not None
         if self.sigma_min >= self.sigma_max:
             raise ValueError(
                 f"sigma_min: expected < sigma_max = {self.sigma_max:g}, got {self.sigma_min:g}"

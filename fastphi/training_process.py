@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -117,7 +117,9 @@ class World:
         return result[0]
 
 
-def prefetched(make: Callable[[Any], T], items: Iterable[Any], depth: int = 2) -> Iterator[T]:
+def prefetched(
+    make: Callable[[Any], T], items: Iterable[Any], depth: int = 2
+) -> Generator[T, None, None]:
     """make(item) of each item in order, by a thread that is up to `depth` items ahead."""
     ready: deque[Future[T]] = deque()
     with ThreadPoolExecutor(1, "fastphi-batches") as thread:

@@ -198,7 +198,7 @@ class UNet(nn.Module):
 
     def walk(self, ops: engine.Ops, x: Tensor) -> Tensor:
         """The denoised image of x (N, C, H, W), by an engine's ops."""
-        for _, h in self._blocks(ops, x):
+        for _, h in self._blocks(ops, x):  # noqa: B007 (the last one is the image)
             pass
         out = ops.to_image(h)
         return x - out if self.config.residual else out
