@@ -153,6 +153,57 @@ void adam_step(const Adam& adam, i64 t, i64 c, i64 pixels, const T* gradient, T*
     }
 }
 
+// The state of Algorithm 2 on a batch.
+template <class T>
+struct Match {
+  i64 n, image_channels, pixels, c;
+  T *x, *m, *v;     // (N, C, H, W)
+  T* losses;        // (max_iter + 1, N)
+  i64* updates;     // (N,)
+  bool* active;     // (N,)
+  const T* target;  // (N, c)
+  const T* weight;  // (c,)
+  double tolerance;
+  i64 max_iter;
+
+  i64 size() const { return image_channels * pixels; }
+
+  // L_i(x) into row t and the image's further part in it; phi becomes d_phi. phi: (c,)
+  void judge(i64 t, i64 i, T* phi) {
+    double loss = 0;
+    for (i64 k = 0; k < c; ++k) {
+      const double d = static_cast<double>(phi[k]) - target[i * c + k];
+      loss += weight[k] * d * d;
+      phi[k] = static_cast<T>(2 * weight[k] * d);
+    }
+    losses[t * n + i] = static_cast<T>(loss);
+    const bool stop = tolerance > 0 && losses[t * n + i] <= tolerance * losses[i];
+    active[i] = !stop && t < max_iter;
+  }
+
+  // Iteration t of the k images `which`, all of them active.
+  void step(i64 t, const i64* which, i64 k, Encoder<T>& encoder, const Adam& adam, T* phi) {
+    for (i64 j = 0; j < k; ++j)
+      image_to_nhwc(x + which[j] * size(), image_channels, pixels, encoder.image(j));
+    encoder.forward(k, phi);
+    bool any = false;
+    for (i64 j = 0; j < k; ++j) {
+      judge(t, which[j], phi + j * c);
+      any = any || active[which[j]];
+    }
+    if (!any) return;
+    encoder.backward(k, phi);
+    parallel(k, 20 * size(), [&](i64 begin, i64 end) {
+      for (i64 j = begin; j < end; ++j) {
+        const i64 i = which[j], at = i * size();
+        if (!active[i]) continue;
+        adam_step(adam, t + 1, image_channels, pixels, encoder.image(j), x + at, m + at, v + at);
+        updates[i] = t + 1;
+      }
+    });
+  }
+};
+
 }  // namespace
 
 void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
@@ -177,52 +228,30 @@ void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Te
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const auto convs = convs_of<T>(packed), transposed = convs_of<T>(packed_t);
-    const i64 chunk = std::min(n, images_at_once(h * w)), size = plan.image_channels * h * w;
+    const i64 chunk = std::min(n, images_at_once(h * w));
     Encoder<T> encoder(plan, convs, transposed, static_cast<T>(eps), chunk, h, w);
     Buffer<T> phi(chunk * c);
-    const Adam adam{lr};
-    T *px = mutable_data<T>(x), *pm = mutable_data<T>(m), *pv = mutable_data<T>(v);
-    T* loss = mutable_data<T>(losses);
-    const T *want = data<T>(target), *weights = data<T>(weight);
-    int64_t* count = mutable_data<int64_t>(updates);
-    bool* running = mutable_data<bool>(active);
+    Match<T> match{n,
+                   plan.image_channels,
+                   h * w,
+                   c,
+                   mutable_data<T>(x),
+                   mutable_data<T>(m),
+                   mutable_data<T>(v),
+                   mutable_data<T>(losses),
+                   mutable_data<i64>(updates),
+                   mutable_data<bool>(active),
+                   data<T>(target),
+                   data<T>(weight),
+                   tolerance,
+                   max_iter};
     for (i64 t = start; t < std::min(start + steps, max_iter + 1); ++t) {
-      std::vector<i64> images;
+      std::vector<i64> left;
       for (i64 i = 0; i < n; ++i)
-        if (running[i]) images.push_back(i);
-      const i64 left = static_cast<i64>(images.size());
-      for (i64 first = 0; first < left; first += chunk) {
-        const i64 k = std::min(chunk, left - first);
-        const i64* which = images.data() + first;
-        for (i64 j = 0; j < k; ++j)
-          image_to_nhwc(px + which[j] * size, plan.image_channels, h * w, encoder.image(j));
-        encoder.forward(k, phi);
-        bool any = false;
-        for (i64 j = 0; j < k; ++j) {
-          const i64 i = which[j];
-          double sum = 0;
-          for (i64 a = 0; a < c; ++a) {
-            const double d = static_cast<double>(phi[j * c + a]) - want[i * c + a];
-            sum += weights[a] * d * d;
-            phi[j * c + a] = static_cast<T>(2 * weights[a] * d);  // from here on d_phi
-          }
-          loss[t * n + i] = static_cast<T>(sum);
-          const bool stop = tolerance > 0 && loss[t * n + i] <= tolerance * loss[i];
-          running[i] = !stop && t < max_iter;
-          any = any || running[i];
-        }
-        if (!any) continue;
-        encoder.backward(k, phi);
-        parallel(k, 20 * size, [&](i64 begin, i64 end) {
-          for (i64 j = begin; j < end; ++j) {
-            const i64 i = which[j];
-            if (!running[i]) continue;
-            adam_step(adam, t + 1, plan.image_channels, h * w, encoder.image(j), px + i * size,
-                      pm + i * size, pv + i * size);
-            count[i] = t + 1;
-          }
-        });
-      }
+        if (match.active[i]) left.push_back(i);
+      const i64 count = static_cast<i64>(left.size());
+      for (i64 i = 0; i < count; i += chunk)
+        match.step(t, left.data() + i, std::min(chunk, count - i), encoder, Adam{lr}, phi);
     }
   });
 }
