@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, help="a folder of photographs (default: scikit-learn's)"
     )
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of 64 patches")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of 16 patches")
     arguments = parser.parse_args()
     try:
         run(arguments.out, arguments.data, arguments.steps)
@@ -48,7 +48,7 @@ def run(out: Path, folder: Path | None, steps: int) -> None:
     started = time.perf_counter()
     with _step("1/5 pack", "cutting photographs into patches", "5 s"):
         train, heldout, name = _patches(out, folder)
-    with _step("2/5 train", f"{steps} steps of 64 patches on {name}", "3 min"):
+    with _step("2/5 train", f"{steps} steps of 16 patches on {name}", "3 min"):
         model = _train(out, steps, name)
     with _step("3/5 extract", f"phi of {len(heldout)} held-out patches, all blocks", "15 s"):
         store = fastphi.extract(
@@ -61,8 +61,8 @@ def run(out: Path, folder: Path | None, steps: int) -> None:
             model,
             targets.from_images(model, clean, draws=10, copies=8),
             size=SIZE,
-            sigmas=(1.0, 0.03, 50),
-            max_iter=50,
+            sigmas=(1.0, 0.03, 60),
+            max_iter=100,
             progress=True,
             save=out / "reconstruction.npz",
         )
@@ -159,8 +159,8 @@ def _train(out: Path, steps: int, name: str) -> fastphi.UNet:
         model=NETWORK,
         amp="off",  # the compiled engine is as fast in float32
         max_steps=steps,
-        batch=64,
-        lr_halve_every=5,
+        batch=16,  # many small steps: what a few minutes allow
+        lr_halve_every=3,
         evaluate_every=max(steps // 5, 1),
         checkpoint_every=max(steps // 5, 1),
     )
