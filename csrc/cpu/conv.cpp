@@ -18,18 +18,27 @@ i64 panels_of(i64 outputs) {
   return divide_up(outputs, 2 * kernels<T>().lanes);
 }
 
-// packed(o, k) = weight[o * stride + offset[k]]
+// Where weights lie: output o, input channel c, tap t at o * output + c * channel + t * tap +
+// first.
+struct Strides {
+  i64 output, channel, tap, first;
+};
+
+// packed(o, (t, c)) for all taps and channels. Read channel by channel, whose taps are neighbours.
 template <class T>
-void pack(const T* weight, i64 outputs, i64 stride, const std::vector<i64>& offset, T* packed) {
-  const i64 lanes = kernels<T>().lanes, k = static_cast<i64>(offset.size());
+void pack(const T* weight, i64 outputs, i64 taps, i64 channels, Strides at, T* packed) {
+  const i64 lanes = kernels<T>().lanes, k = taps * channels;
   parallel(panels_of<T>(outputs), 2 * lanes * k, [&](i64 begin, i64 end) {
     for (i64 panel = begin; panel < end; ++panel) {
       const i64 start = panel * 2 * lanes, width = std::min(2 * lanes, outputs - start);
       const i64 padded = divide_up(width, lanes) * lanes;
-      T* to = packed + start * k;
-      for (i64 i = 0; i < k; ++i)
-        for (i64 o = 0; o < padded; ++o)
-          *to++ = o < width ? weight[(start + o) * stride + offset[i]] : T(0);
+      for (i64 c = 0; c < channels; ++c)
+        for (i64 t = 0; t < taps; ++t) {
+          const T* from = weight + at.first + start * at.output + c * at.channel + t * at.tap;
+          T* to = packed + start * k + (t * channels + c) * padded;
+          for (i64 o = 0; o < width; ++o) to[o] = from[o * at.output];
+          for (i64 o = width; o < padded; ++o) to[o] = 0;
+        }
     }
   });
 }
@@ -65,29 +74,17 @@ i64 packed_size(i64 outputs, i64 k) {
 
 template <class T>
 void pack_conv(const T* weight, i64 cout, i64 cin, i64 c0, i64 c1, bool transposed, T* packed) {
-  std::vector<i64> offset;
-  offset.reserve(9 * std::max(cout, c1 - c0));
-  for (i64 tap = 0; tap < 9; ++tap)
-    for (i64 i = 0; i < (transposed ? cout : c1 - c0); ++i)
-      offset.push_back(transposed ? i * cin * 9 + 8 - tap : i * 9 + tap);
-  pack(weight + c0 * 9, transposed ? c1 - c0 : cout, transposed ? 9 : cin * 9, offset, packed);
+  if (transposed)
+    pack(weight, c1 - c0, 9, cout, {9, cin * 9, -1, c0 * 9 + 8}, packed);
+  else
+    pack(weight, cout, 9, c1 - c0, {cin * 9, 9, 1, c0 * 9}, packed);
 }
 
 template <class T>
 void pack_upsample(const T* weight, i64 cin, i64 cout, bool transposed, T* packed) {
-  for (i64 tap = 0; tap < (transposed ? 1 : 4); ++tap) {
-    std::vector<i64> offset;
-    if (transposed)
-      for (i64 t = 0; t < 4; ++t)
-        for (i64 co = 0; co < cout; ++co) offset.push_back(co * 4 + t);
-    else
-      for (i64 ci = 0; ci < cin; ++ci) offset.push_back(ci * cout * 4);
-    const i64 size = packed_size<T>(cout, cin);
-    if (transposed)
-      pack(weight, cin, cout * 4, offset, packed);
-    else
-      pack(weight + tap, cout, 4, offset, packed + tap * size);
-  }
+  if (transposed) return pack(weight, cin, 4, cout, {cout * 4, 4, 1, 0}, packed);
+  for (i64 tap = 0; tap < 4; ++tap)
+    pack(weight, cout, 1, cin, {4, cout * 4, 0, tap}, packed + tap * packed_size<T>(cout, cin));
 }
 
 template <class T>
