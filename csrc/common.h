@@ -51,6 +51,11 @@ inline void check_shape(const Tensor& t, const char* name, const Shape& shape,
                   text(shape_of(t)));
 }
 
+inline void check_not_empty(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.numel() > 0, name, ": expected no empty dimension, got shape ",
+                  text(shape_of(t)));
+}
+
 inline Tensor new_tensor(const Tensor& like, const Shape& shape) {
   return torch::stable::new_empty(like, shape);
 }

@@ -8,6 +8,7 @@ of similar size, 2e-5.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastphi import ops
+from fastphi import engine, ops, reference
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 
@@ -134,6 +135,46 @@ def test_fused_layer_of_a_constant_image_has_std_0(dtype):
     upstream = random(90, 2, 6, 5, 8) * alive
     close(grads["gamma"], 0.25 * upstream.sum((0, 1, 2)), 1e-6, "d_gamma")
     close(grads["bias"], (arguments["gamma"] * upstream).sum((0, 1, 2)), 1e-6, "d_bias")
+
+
+@DTYPES
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_at_std_0_are_those_of_autograd(relu, dtype):
+    """Black input, r = 0, so z is the bias: gradients to r, s and the weight still pass the conv."""
+    arguments = layer_arguments(2, 5, 7, 3, 6, 10, True, True)
+    arguments["r"].zero_(), arguments["r2"].zero_()
+    arguments["bias"][:] = 0.25  # exactly representable: the mean is exact, std is 0 in both
+    _, want = values_and_gradients(plain, arguments, torch.float64, relu)
+    (_, s_out), got = values_and_gradients(compiled, arguments, dtype, relu)
+    close(s_out, torch.full((2,), 1 / EPS, dtype=torch.float64), VALUE[dtype], "s_out")
+    assert want["r"].abs().max() > 0.1 and want["r2"].abs().max() > 0.1
+    for name, g in got.items():
+        close(g, want[name], GRADIENT[dtype], f"d_{name}")
+
+
+@pytest.mark.parametrize("name", ["r", "s", "r2", "s2", "weight", "bias", "gamma"])
+def test_a_gradient_for_one_argument_alone(name):
+    """What is not wanted is not computed; what is wanted is the same."""
+    arguments = layer_arguments(2, 4, 6, 3, 5, 7, True, True)
+    _, every = values_and_gradients(plain, arguments, torch.float64, True)
+    a = dict(arguments)
+    a[name] = a[name].clone().requires_grad_()
+    r_out, s_out = compiled(a, True)
+    upstream = random(90, *r_out.shape), random(91, *s_out.shape) * r_out.numel() ** 0.5
+    (got,) = torch.autograd.grad((r_out, s_out), a[name], upstream)
+    close(got, every[name], GRADIENT[torch.float64], f"d_{name}")
+
+
+def test_views_give_what_their_copies_give():
+    """Arguments that are not contiguous: channels-first images seen as NHWC, a transposed kernel."""
+    a = layer_arguments(2, 5, 7, 3, 4, 6, True, True)
+    want, _ = values_and_gradients(plain, a, torch.float64, True)
+    for name in ("r", "r2"):
+        a[name] = a[name].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    a["weight"] = a["weight"].transpose(2, 3).contiguous().transpose(2, 3)
+    assert not any(a[name].is_contiguous() for name in ("r", "r2", "weight"))
+    for got, expected in zip(compiled(a, True), want, strict=True):
+        close(got, expected, VALUE[torch.float64])
 
 
 def test_statistics_do_not_cancel():
@@ -257,6 +298,16 @@ def test_noise_has_the_defined_bits():
     for i in range(3):
         want = philox_normal(seed, int(sample[i]), stream, int(draw[i]), shape)
         assert torch.equal(got[i], want)
+
+
+def test_noise_of_the_largest_ids_and_seeds_is_the_references():
+    """Many elements at once, so that the threads share them; both ends of every counter."""
+    top = 2**32 - 1
+    sample, draw = torch.tensor([0, top, 1, top]), torch.tensor([top, 0, 2**31, top])
+    for seed in (0, -1, 2**63 - 1, -(2**63)):
+        for stream in (0, top):
+            want = reference.noise_normal(seed, sample, stream, draw, 3, 17, 33)
+            assert torch.equal(ops.noise_normal(seed, sample, stream, draw, 3, 17, 33), want)
 
 
 # --- what torch asks of an operator ----------------------------------------------------------------
@@ -395,6 +446,97 @@ def test_bits_do_not_depend_on_the_batch():
     assert all(torch.equal(x[[3, 1]], y) for x, y in zip(whole, part, strict=True))
 
 
+@pytest.fixture(params=["float32", "float64"])
+def runner(request, make_model):
+    """A runner and 5 images of 6400 pixels: one thread takes two at a time, two take all five."""
+    dtype = getattr(torch, request.param)
+    model = make_model(backend="cpu", dtype=dtype, channels=(6, 17, 33), upsample_bias=True)
+    x = random(60, 5, 3, 64, 100).to(dtype)
+    assert engine.pick(model, x).name == "cpu"
+    return model, engine.runner(model, x), x  # the runner does not keep its model alive
+
+
+def run_runner(served, x, target):
+    """Everything a runner computes, by image. 11 updates of match are two calls into C++."""
+    weight = torch.full((target.shape[1],), 1 / target.shape[1], dtype=x.dtype)
+    matched, losses, updates, converged = served.match(x, target, weight, 0.005, 11, 0.3)
+    return {
+        "denoised": served.denoise(x),
+        **served.block_means(x),
+        "matched": matched,
+        "losses": losses.nan_to_num(-1).T,
+        "updates": updates,
+        "converged": converged,
+    }
+
+
+def test_runner_bits_do_not_depend_on_threads(runner):
+    _, served, x = runner
+    target = served.block_means(x.roll(1, 0), until="mid")["mid"]
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(run_runner(served, x, target))
+    assert results[0]["updates"].min() > 0  # else nothing was tested
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_runner_bits_do_not_depend_on_the_place_in_the_batch(runner):
+    _, served, x = runner
+    target = served.block_means(x.roll(1, 0), until="mid")["mid"]
+    whole = run_runner(served, x, target)
+    for rows in ([3], [4, 0, 4], [2, 1]):
+        part = run_runner(served, x[rows], target[rows])
+        for name, value in part.items():
+            assert torch.equal(value, whole[name][rows]), (name, rows)
+
+
+@pytest.mark.parametrize("name", ["enc1.0.weight", "mid.2.gamma", "up1.weight", "dec2.0.weight"])
+def test_runner_repacks_what_changed_in_place(make_model, name):
+    """Every part it packs, those of the gradient too (match). The other changes: test_engine.py."""
+    model = make_model(backend="cpu", dtype=torch.float64)
+    x = random(61, 2, 3, 8, 8)
+    plain_runner = reference.ReferenceRunner(model)
+    served = engine.runner(model, x)
+    target, weight = random(62, 2, 8), torch.full((8,), 1 / 8, dtype=torch.float64)
+    before = served.denoise(x), served.match(x, target, weight, 0.01, 3, 0.0)[1]
+    with torch.no_grad():
+        model.get_parameter(name).mul_(-1.5)
+    close(served.denoise(x), plain_runner.denoise(x), 1e-10)
+    found = served.match(x, target, weight, 0.01, 3, 0.0)[1]
+    close(found, plain_runner.match(x, target, weight, 0.01, 3, 0.0)[1], 1e-8)
+    assert not torch.equal(served.denoise(x), before[0])
+    assert torch.equal(found, before[1]) == name.startswith(("up", "dec"))
+
+
+def test_one_openmp_runtime():
+    """Two pools of threads would fight for the cores; a second runtime can also deadlock."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    look = (
+        "import torch; {}torch.ones(99999).sum();"
+        "print({{l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split()[-1]}})"
+    )
+
+    def loaded(more):
+        command = [sys.executable, "-c", look.format(more)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        names = run.stdout.strip().strip("{}").split(", ")
+        stems = ("libgomp", "libomp", "libiomp")
+        return {n for n in names if os.path.basename(n.strip("'")).startswith(stems)}
+
+    use = (
+        "from fastphi import ops; "
+        "ops.fused_layer(torch.ones(2, 32, 32, 8), torch.ones(2), torch.ones(8, 8, 3, 3),"
+        " None, None, 1.0);"
+    )
+    alone, beside = loaded(""), loaded(use)
+    assert len(beside) == 1, beside
+    assert beside == alone, "not torch's own"
+
+
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
 def test_each_instruction_set(isa):
     """The comparison with the plain form, in a process of its own that runs this set."""
@@ -410,7 +552,8 @@ def test_each_instruction_set(isa):
     )
     if "this processor does not have" in run.stderr:
         pytest.skip(run.stderr.strip().splitlines()[-1])
-    assert run.returncode == 0 and isa in run.stdout, run.stderr
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["isa"] == isa
 
 
 def main() -> None:
@@ -449,6 +592,7 @@ def bad_layers():
     yield {**good, "gamma": torch.ones(6)}, "gamma: expected shape"
     yield {**good, "r2": r}, "r2, s2: expected both or neither"
     yield {**good, "r2": torch.zeros(2, 4, 5, 1), "s2": s}, "r2: expected shape"
+    yield {**good, "r2": torch.zeros(2, 4, 6, 1), "s2": torch.ones(1)}, "s2: expected shape"
 
 
 @pytest.mark.parametrize("meta", [False, True], ids=["data", "fake"])
@@ -466,12 +610,35 @@ def test_other_bad_inputs_are_named():
         ops.avg_pool(r[:, :3])
     with pytest.raises(RuntimeError, match="weight: expected shape"):
         ops.upsample(r, torch.zeros(4, 3, 2, 2))
-    with pytest.raises(RuntimeError, match="r: expected no empty dimension"):
-        ops.fused_layer(r[:0], torch.ones(0), torch.zeros(5, 3, 3, 3), None, None, EPS)
+    with pytest.raises(RuntimeError, match=r"weight: expected \w+ like the first"):
+        ops.upsample(r, torch.zeros(3, 3, 2, 2).double())
+    with pytest.raises(RuntimeError, match="r: expected float32 or float64"):
+        ops.spatial_mean(r.half())
     with pytest.raises(RuntimeError, match="draw: expected 2 numbers like sample"):
         ops.noise_normal(0, torch.tensor([1, 2]), 0, torch.tensor([1]), 3, 4, 4)
     with pytest.raises(RuntimeError, match="sample: expected a contiguous int64"):
         ops.noise_normal(0, torch.tensor([1.0]), 0, torch.tensor([1]), 3, 4, 4)
+
+
+def empty_inputs():
+    s, weight, up = torch.ones(2), torch.zeros(5, 3, 3, 3), torch.zeros(3, 2, 2, 2)
+    r, none = torch.zeros(2, 4, 6, 3), torch.zeros(2, 4, 6, 0)
+    layer = ops.fused_layer
+    yield "r", lambda: layer(r[:0], s[:0], weight, None, None, EPS)
+    yield "r", lambda: layer(r[:, :, :0], s, weight, None, None, EPS)
+    yield "r2", lambda: layer(r, s, weight, None, None, EPS, r2=none, s2=s)
+    yield "weight", lambda: layer(r, s, weight[:0], None, s[:0], EPS)
+    yield "r", lambda: ops.upsample(r[:, :, :0], up)
+    yield "r", lambda: ops.upsample(none, up[:0])
+    yield "weight", lambda: ops.upsample(r, up[:, :0])
+    yield "r", lambda: ops.spatial_mean(r[:, :0])
+
+
+@pytest.mark.parametrize("name, call", list(empty_inputs()))
+def test_empty_inputs_are_named(name, call):
+    """Sizes are divided by: without a check some of these ended the process."""
+    with pytest.raises(RuntimeError, match=rf"\b{name}: expected no empty dimension"):
+        call()
 
 
 def test_without_the_library_the_reason_is_told(monkeypatch):

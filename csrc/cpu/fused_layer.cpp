@@ -24,14 +24,14 @@ Sizes check_layer(const Tensor& r, const Tensor& s, const OptionalTensor& r2,
                   const OptionalTensor& s2, const Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& gamma) {
   check_tensor(r, "r", 4);
+  check_not_empty(r, "r");
   const Shape shape = shape_of(r);
-  for (int64_t size : shape)
-    STD_TORCH_CHECK(size > 0, "r: expected no empty dimension, got shape ", text(shape));
   Sizes z{shape[0], shape[1], shape[2], shape[3], 0, 0};
   check_shape(s, "s", {z.n}, &r);
   STD_TORCH_CHECK(r2.has_value() == s2.has_value(), "r2, s2: expected both or neither");
   if (r2) {
     check_tensor(*r2, "r2", 4, &r);
+    check_not_empty(*r2, "r2");
     z.c2 = r2->sizes()[3];
     check_shape(*r2, "r2", {z.n, z.h, z.w, z.c2}, &r);
     check_shape(*s2, "s2", {z.n}, &r);
@@ -39,6 +39,7 @@ Sizes check_layer(const Tensor& r, const Tensor& s, const OptionalTensor& r2,
   check_tensor(weight, "weight", 4, &r);
   z.cout = weight.sizes()[0];
   check_shape(weight, "weight", {z.cout, z.c1 + z.c2, 3, 3}, &r);
+  check_not_empty(weight, "weight");
   if (bias) check_shape(*bias, "bias", {z.cout}, &r);
   if (gamma) check_shape(*gamma, "gamma", {z.cout}, &r);
   return z;
@@ -70,6 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_fwd(
     if (r2) job.source[1] = {data<T>(*r2), data<T>(*s2), packed2, k.c2};
     job.bias = data<T>(bias), job.gamma = data<T>(gamma), job.relu = relu;
     job.z = mutable_data<T>(z), job.r_out = mutable_data<T>(r_out);
+    for (T* out : {job.z, job.r_out}) prefer_huge_pages(out, z.numel() * sizeof(T));
     if (gamma) {
       launch_layer_fwd<T>(job, eps, mutable_data<T>(mean), mutable_data<T>(std),
                           mutable_data<T>(s_out));

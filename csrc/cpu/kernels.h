@@ -18,7 +18,7 @@ template <class T>
 struct Source {
   const T* r;       // (N, H, W, channels)
   const T* scale;   // (N,) or null for 1
-  const T* packed;  // see pack.h
+  const T* packed;  // see conv.h
   i64 channels;
 };
 

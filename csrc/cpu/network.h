@@ -37,6 +37,7 @@ inline i64 parameters_expected(const Plan& plan) {
 // Plan and parameters as they come from Python, checked.
 inline void check_network(const Tensor& x, const Plan& plan, const std::vector<Tensor>& packed) {
   check_tensor(x, "x", 4);
+  check_not_empty(x, "x");
   const i64 multiple = i64{1} << plan.blocks();
   STD_TORCH_CHECK(
       static_cast<i64>(plan.channels.size()) == plan.blocks() + 1,

@@ -34,6 +34,7 @@ template void launch_spatial_mean_fwd(i64, i64, i64, i64, const double*, double*
 
 Tensor spatial_mean_fwd(Tensor r) {
   check_tensor(r, "r", 4);
+  check_not_empty(r, "r");
   const Shape s = shape_of(r);
   Tensor out = new_tensor(r, {s[0], s[3]});
   dispatch(r, [&](auto t) {

@@ -11,10 +11,12 @@ namespace fastphi {
 
 Tensor upsample_fwd(Tensor r, Tensor weight) {
   check_tensor(r, "r", 4);
+  check_not_empty(r, "r");
   const Shape s = shape_of(r);
   check_tensor(weight, "weight", 4, &r);
   const i64 cout = weight.sizes()[1];
   check_shape(weight, "weight", {s[3], cout, 2, 2}, &r);
+  check_not_empty(weight, "weight");
   Tensor out = new_tensor(r, {s[0], 2 * s[1], 2 * s[2], cout});
   dispatch(r, [&](auto t) {
     using T = decltype(t);
@@ -29,10 +31,12 @@ Tensor upsample_fwd(Tensor r, Tensor weight) {
 std::tuple<Tensor, Tensor> upsample_bwd(Tensor d_out, Tensor r, Tensor weight, bool need_input,
                                         bool need_weight) {
   check_tensor(r, "r", 4);
+  check_not_empty(r, "r");
   const Shape s = shape_of(r);
   check_tensor(weight, "weight", 4, &r);
   const i64 cout = weight.sizes()[1];
   check_shape(weight, "weight", {s[3], cout, 2, 2}, &r);
+  check_not_empty(weight, "weight");
   check_shape(d_out, "d_out", {s[0], 2 * s[1], 2 * s[2], cout}, &r);
   Tensor d_r = new_tensor(r, need_input ? s : Shape{0});
   Tensor d_weight = new_tensor(r, need_weight ? shape_of(weight) : Shape{0});
