@@ -206,9 +206,10 @@ def reconstruct(
         device: cpu or cuda.
         backend: the engine; auto takes the fastest that can serve.
     """
+    options = locals()
     from fastphi.commands import reconstruct_command
 
-    reconstruct_command(**locals())
+    reconstruct_command(**options)
 
 
 def sample(
@@ -247,9 +248,10 @@ def sample(
         device: cpu or cuda.
         backend: the engine; auto takes the fastest that can serve.
     """
+    options = locals()
     from fastphi.commands import sample_command
 
-    sample_command(**locals())
+    sample_command(**options)
 
 
 def doctor(json_: Annotated[bool, arg(name="json")] = False) -> None:
