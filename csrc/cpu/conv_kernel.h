@@ -9,8 +9,8 @@
 //
 // Per layer at least: 18*C*Cout*pixels FLOPs; bytes: r read once, r_out (and z) written once,
 // weights once per thread. The weights of a panel (9*C*2 vectors: 73 kB at C = 64) stream from the
-// second-level cache, 2 vectors per 2*P multiply-adds. Included by kernels_body.h inside an anonymous
-// namespace.
+// second-level cache, 2 vectors per 2*P multiply-adds. Included by kernels_body.h inside an
+// anonymous namespace.
 
 // Copies columns [x0 - 1, x0 + p + 1) of rows [y0, y0 + rows) of an image, zeros outside of [0, w).
 template <class T>
