@@ -5,6 +5,7 @@ It has no Python in it, so one build serves every Python and every torch from 2.
 
 import platform
 import sys
+from glob import glob
 
 from setuptools import setup
 
@@ -18,7 +19,7 @@ except ImportError:
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # 2.10: the oldest torch whose stable ABI has all that is used here
-FLAGS = ["-O3", "-fno-math-errno", "-Wall", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = ["-O3", "-g0", "-fno-math-errno", "-Wall", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Multiplications and additions are fused in the kernels and nowhere else: the bits of noise_normal
 # are defined with every operation rounded on its own.
 KERNELS = ["-ffp-contract=fast", "-Wno-psabi"]
@@ -73,6 +74,7 @@ setup(
         CppExtension(
             "fastphi._cpu",
             SOURCES + list(FLAGS_OF),
+            depends=sorted(glob("csrc/**/*.h", recursive=True)),
             extra_compile_args={"cxx": FLAGS + [f'-DFASTPHI_BUILD_FLAGS="{flags}"']},
             py_limited_api=True,
         )
