@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import logging
 import time
 from dataclasses import dataclass
@@ -112,8 +112,13 @@ class Trainer:
         self.model.training_info = TrainingInfo(low, high, self.images.mean, name)
         with self._autocast():  # an engine that cannot serve says so now
             self.engine = engine.pick(self.model, torch.empty(0, device=self.device)).name
-        if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ValueError("tensorboard: the package is not installed (pip install tensorboard)")
+        if config.tensorboard:
+            try:
+                importlib.import_module("tensorboard")
+            except ImportError:
+                raise ValueError(
+                    "tensorboard: the package is not installed (pip install tensorboard)"
+                ) from None
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr)
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
         self.step, self.seconds = 0, 0.0

@@ -35,7 +35,7 @@ def resume(trainer: Trainer) -> None:
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step, trainer.seconds = state["step"], state["seconds"]
     _put_steps(trainer)
-    if trainer.world.rank == 0 and trainer.step == trainer.steps and not _model(trainer).exists():
+    if trainer.world.rank == 0 and trainer.step >= trainer.steps and not _model(trainer).exists():
         checkpoint.save(trainer.model, _model(trainer))
 
 
@@ -68,7 +68,10 @@ def _find(trainer: Trainer) -> dict[str, Any] | None:
     here, there = _environment(trainer), json.loads(state["environment"])
     if other := [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]:
         log.warning("resuming elsewhere, not to the same bits: %s", ", ".join(other))
-    log.info("%s: going on from step %d of %d", out, state["step"], trainer.steps)
+    if state["step"] < trainer.steps:
+        log.info("%s: going on from step %d of %d", out, state["step"], trainer.steps)
+    else:
+        log.info("%s: finished, %d steps", out, state["step"])
     return state
 
 

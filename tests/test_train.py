@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ def images(n: int = 40) -> torch.Tensor:
 
 def config(out: Path, **changes) -> TrainConfig:
     settings = {"batch": 8, "epochs": 4, "holdout": 4, "checkpoint_every": 3, "evaluate_every": 5}
-    settings |= {"model": NETWORK, "amp": "off", "lr": 3e-3}
+    settings |= {"model": NETWORK, "amp": "off", "lr": 3e-3, "device": "cpu"}
     return TrainConfig(out=out, **(settings | changes))
 
 
@@ -80,7 +81,7 @@ def test_default_range_of_noise_levels(tmp_path):
 
 @pytest.mark.parametrize("weight", ["none", "inverse-variance"])
 def test_steps_are_those_of_the_paper(tmp_path, weight):
-    """Three steps by hand: sum over pixels, mean over images, Adam; losses and parameters."""
+    """Three steps by hand: sum over pixels, mean over images, Adam; losses, gradient, parameters."""
     changes = {"backend": "reference", "sigma_min": 0.1, "max_steps": 3, "loss_weight": weight}
     x = images()
     trainer = Trainer(config(tmp_path / "a", **changes), x)
@@ -102,6 +103,14 @@ def test_steps_are_those_of_the_paper(tmp_path, weight):
             loss = loss + (error / s**2 if weight != "none" else error) / 8
         adam.zero_grad()
         loss.backward()
+        if k == 0:  # Adam would hide a wrong factor
+            trainer._gradient(trainer.model, trainer._draw(0))
+            for name, p in trainer.model.named_parameters():
+                d_p = model.get_parameter(name).grad
+                # float32 sums over 8 x 64 pixels in another order
+                torch.testing.assert_close(
+                    p.grad, d_p, rtol=1e-3, atol=1e-4 * float(d_p.abs().max())
+                )
         adam.step()
         expected.append(loss.item() / (3 * 8 * 8))
     trained = trainer.run(progress=False)
@@ -160,6 +169,19 @@ def test_processes_share_the_same_batch(tmp_path):
         np.testing.assert_array_equal(joined, np.asarray(value))
 
 
+def test_an_image_meets_other_noise_in_each_epoch(tmp_path):
+    trainer = Trainer(config(tmp_path), images())
+    seen: dict[int, list] = {}
+    for step in range(8):  # two epochs
+        batch = trainer._draw(step)
+        for i, s, z in zip(batch.indices, batch.sigma.flatten(), batch.noise, strict=True):
+            seen.setdefault(int(i), []).append((float(s), z))
+    twice = [v for v in seen.values() if len(v) == 2]
+    assert len(twice) >= 28  # of 36, each epoch leaves out four
+    for (s0, z0), (s1, z1) in twice:
+        assert s0 != s1 and abs(float((z0 * z1).mean())) < 5 / math.sqrt(z0.numel())
+
+
 def test_psnr_is_the_mean_of_each_images_own():
     torch.manual_seed(0)
     model, x = UNet(NETWORK), images(5)
@@ -183,10 +205,22 @@ def test_bf16_follows_float32(tmp_path):
     assert a != b and a == pytest.approx(b, rel=0.01)
 
 
+def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
+    """Traced, but not code-generated, which takes a minute and a C++ compiler."""
+    traced = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", traced)
+    network = UNetConfig(channels=(4, 6), dec_layers=2, mid_layers=1, enc_layers=1)
+    for name, on in (("a", False), ("b", True)):
+        train(tmp_path / name, model=network, compile=on, max_steps=2, backend="reference")
+    a, b = ([x["loss"] for x in log_of(tmp_path / run) if "loss" in x] for run in "ab")
+    np.testing.assert_allclose(a, b, rtol=1e-4)  # float32, in another order
+
+
 # --- what a run leaves ---
 
 
 def test_a_finished_run(tmp_path):
+    torch.manual_seed(12345)  # a state that no training run would leave
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     lines = []
     with torch.no_grad():  # whatever the caller's mode
@@ -251,6 +285,8 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, caplog, harm):
     else:
         del content[0 if harm == "empty" else len(content) // 2 :]
     newest.write_bytes(content)
+    with open(tmp_path / "b" / "log.jsonl", "a") as f:
+        f.write('{"step": 8, "lo')  # as a kill leaves it
     train(tmp_path / "b", epochs=3)
     assert newest.name in caplog.text
     assert bits(tmp_path / "a") == bits(tmp_path / "b")
@@ -375,16 +411,16 @@ KILLED = """
         test_train.train(Path(out))
         os._exit(0)
 
-    ends = [life(sys.argv[1], moment) for moment in (3, 7, 16, 21, 30, 12, 27, 23, 14, 0)]
+    assert life(sys.argv[1], 0) == 0
+    ends = [life(sys.argv[2], moment) for moment in (3, 7, 16, 21, 30, 12, 27, 23, 14, 0)]
     print(ends)
     assert ends[0] == -9 and ends[-1] == 0, ends
 """
 
 
 def test_killed_again_and_again_gives_the_same_bits(tmp_path):
-    train(tmp_path / "a")
     code = textwrap.dedent(KILLED).format(root=str(ROOT), tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code, str(tmp_path / "b")]
+    command = [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("-9") >= 4  # the others had finished before their moment came
@@ -480,6 +516,12 @@ def test_bad_images(tmp_path, x, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Trainer(config(tmp_path / "run", **changes), x)
     assert not (tmp_path / "run").exists()  # found before any work
+
+
+def test_tensorboard_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard: the package is not installed"):
+        Trainer(config(tmp_path, tensorboard=True), images())
 
 
 def test_an_engine_that_cannot_serve_is_an_error(tmp_path):
