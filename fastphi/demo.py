@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, help="a folder of photographs (default: scikit-learn's)"
     )
-    parser.add_argument("--steps", type=int, default=4000, help="training steps of 16 patches")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of 16 patches")
     arguments = parser.parse_args()
     try:
         run(arguments.out, arguments.data, arguments.steps)
@@ -234,8 +234,8 @@ def _neighbours(report: Report, heldout: Any, store: Any) -> None:
     pixels = heldout.batch(np.arange(len(heldout))).reshape(len(heldout), -1).numpy()
     phi = store.array(SIGMA)
     text = (
-        "First column: the query. Left: its nearest in φ (cosine). Right: its nearest in pixels. φ keeps "
-        "the kind of texture and colour where pixels keep the arrangement of light and dark."
+        "First column: the query. Left: its nearest in φ (cosine). Right: its nearest in pixels. "
+        "φ is expected to keep texture and colour, pixels the arrangement of light and dark."
     )
     with report.figure("Nearest neighbours", text, columns=2, size=(9, 4.2)) as axes:
         for ax, rows, title in zip(axes, (phi, pixels), ("in φ", "in pixels"), strict=True):
@@ -247,8 +247,10 @@ def _neighbours(report: Report, heldout: Any, store: Any) -> None:
 def _reconstructions(report: Report, model: Any, clean: Any, result: Any) -> None:
     samples = result.images.reshape(len(clean), 8, *result.images.shape[1:])
     text = (
-        "In the frame, the target; round it, eight images sampled to have the target's φ (Algorithm 1 "
-        "and 2), each from its own noise. They share what φ keeps and differ in the rest."
+        "In the frame, the target; round it, eight images sampled with matching to the target's φ "
+        "(Algorithms 1 and 2), each from its own noise. The table tells how far matching got: a loss ratio "
+        "near 1 means that it moved nothing, because φ of a network trained this briefly is still so small "
+        "that the loss's gradient is below Adam's ε."
     )
     with report.figure("Reconstruction from φ", text, len(clean), size=(9, 3.4)) as axes:
         for ax, target, eight in zip(axes, clean, samples, strict=True):
