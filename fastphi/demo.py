@@ -48,7 +48,7 @@ def run(out: Path, folder: Path | None, steps: int) -> None:
     started = time.perf_counter()
     with _step("1/5 pack", "cutting photographs into patches", "5 s"):
         train, heldout, name = _patches(out, folder)
-    with _step("2/5 train", f"{steps} steps of 16 patches on {name}", "3 min"):
+    with _step("2/5 train", f"{steps} steps of 16 patches on {name}", "4 min"):
         model = _train(out, steps, name)
     with _step("3/5 extract", f"phi of {len(heldout)} held-out patches, all blocks", "15 s"):
         store = fastphi.extract(
