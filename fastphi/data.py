@@ -7,19 +7,14 @@ of every one left out).
 
 Measured on one of 2 cores of a shared AVX-512 Xeon virtual machine, 20,000 images of 64x64x3 in the
 page cache, batches of 1024 random indices, medians of 40, in four runs: gathering the bytes 346,000
-to 373,000 images/s; `batch`, which makes 50 MB of new float32 of them, 41,000 to 52,000; through
-`Batches` (59 in a row) 30,000 to 41,000.
+to 373,000 images/s; `batch`, which makes 50 MB of new float32 of them, 41,000 to 52,000.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
-import queue
-import threading
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,75 +206,6 @@ def open_images(source: Any) -> Images:
         "images: expected the path of a pack, PackedImages or a float tensor (N, C, H, W), got "
         f"{type(source).__name__}"
     )
-
-
-class Batches(Iterator[Tensor]):
-    """Batches read ahead by a thread, so that the loop that takes them does not wait for the disk.
-
-    images: anything `open_images` takes. steps: an iterable of indices, one entry per batch,
-    consumed in the thread. prefetch: how many batches to hold ready. Yields the `batch` of each
-    entry, in order; an exception in the thread is raised by `next`. Use it as a context
-    manager, or call `close`.
-    """
-
-    def __init__(self, images: Any, steps: Iterable[Sequence[int]], prefetch: int = 2) -> None:
-        depth = validate.integer(prefetch, "prefetch", low=1)
-        self._ready: queue.Queue[Any] = queue.Queue(depth)
-        self._stop = threading.Event()
-        # The thread holds no reference to self: a loop that is abandoned still ends it, by __del__.
-        self._thread = threading.Thread(
-            target=_read_ahead,
-            args=(open_images(images), steps, self._ready, self._stop),
-            name="fastphi-batches",
-            daemon=True,
-        )
-        self._thread.start()
-
-    def __next__(self) -> Tensor:
-        if self._stop.is_set():
-            raise StopIteration
-        item = self._ready.get()
-        if isinstance(item, Tensor):
-            return item
-        self.close()
-        raise StopIteration if item is None else item
-
-    def close(self) -> None:
-        """Stop the thread and wait for it; the iteration is over. May be called again."""
-        self._stop.set()
-        with contextlib.suppress(queue.Empty):
-            while True:  # make room for a thread that is about to hand over
-                self._ready.get_nowait()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def __enter__(self) -> Batches:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_thread"):
-            self.close()
-
-
-def _read_ahead(
-    images: Images, steps: Iterable[Any], ready: queue.Queue[Any], stop: threading.Event
-) -> None:
-    def hand_over(item: Any) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
-
-    try:
-        for indices in steps:
-            hand_over(images.batch(indices))
-            if stop.is_set():
-                return
-        hand_over(None)
-    except BaseException as error:  # whatever it was, it belongs to the consumer
-        hand_over(error)
 
 
 def _indices(indices: Any, n: int) -> np.ndarray:

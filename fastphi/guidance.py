@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from fastphi import engine, validate
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet
+
+log = logging.getLogger("fastphi")
+_told_idle: list[bool] = []  # the warning of `_tell_if_idle` comes once
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,28 @@ def match(
         target = restrict(target.detach().clone(), channels).to(x).contiguous()
         weight = loss_weight(channels, zero_elsewhere, target)
         prepared = engine.runner(model, x)
-        return MatchResult(*prepared.match(x, target, weight, lr, max_iter, tolerance))
+        result = MatchResult(*prepared.match(x, target, weight, lr, max_iter, tolerance))
+        _tell_if_idle(x, result, lr)
+        return result
+
+
+def _tell_if_idle(x: Tensor, result: MatchResult, lr: float) -> None:
+    """Warns, once, of images that Adam could not move: an update is lr·g/(|g| + ε), so next to
+    nothing where the gradient g is far below ε = 1e-8, as it is where φ is tiny."""
+    if _told_idle:
+        return
+    trying = (result.updates > 0) & ~result.converged & (result.first > 0)
+    moved = (result.x - x).abs().flatten(1).amax(1)
+    idle = trying & (moved < 0.1 * lr * result.updates.clamp(max=3))
+    if idle.any():
+        _told_idle.append(True)
+        i = int(idle.nonzero()[0])
+        log.warning(
+            "match: %d of %d images hardly moved (image %d: %.1e at most, in %d updates of lr %g): the "
+            "loss's gradient is below Adam's ε = 1e-8, because φ of this model is so small. A network "
+            "that is trained longer, or at a higher learning rate, has a larger φ",
+            *(int(idle.sum()), len(x), i, float(moved[i]), int(result.updates[i]), lr),
+        )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 from PIL import Image, ImageFile
 
 from fastphi import data, files, shards
-from fastphi.data import Batches, MemoryImages, PackedImages, open_images
+from fastphi.data import MemoryImages, PackedImages, open_images
 from fastphi.packing import pack
 
 SIZE = 16
@@ -624,44 +623,3 @@ def test_open_images(folder, tmp_path):
         open_images(x * 255)
     with pytest.raises(TypeError, match="images: expected the path of a pack"):
         open_images(3)
-
-
-def test_batches_in_order():
-    images = MemoryImages(torch.rand(20, 1, 4, 4))
-    steps = [np.random.default_rng(i).integers(0, 20, 6) for i in range(9)]
-    with Batches(images, iter(steps)) as batches:
-        got = list(batches)
-        assert next(batches, None) is None
-    assert len(got) == 9
-    for x, indices in zip(got, steps, strict=True):
-        assert torch.equal(x, images.batch(indices))
-
-
-def test_batches_raise_what_the_thread_raised():
-    def steps():
-        yield [0]
-        yield [99]
-
-    with Batches(torch.rand(2, 1, 4, 4), steps()) as batches:
-        next(batches)
-        with pytest.raises(ValueError, match="indices"):
-            next(batches)
-        with pytest.raises(StopIteration):
-            next(batches)
-
-
-@pytest.mark.parametrize("how", ["close", "drop"])
-def test_batches_end_their_thread(how):
-    def endless():
-        while True:
-            yield [0]
-
-    before = threading.active_count()
-    batches = Batches(torch.rand(2, 1, 4, 4), endless())
-    next(batches)
-    if how == "close":
-        batches.close()
-        batches.close()
-        assert next(batches, None) is None
-    del batches
-    assert threading.active_count() == before

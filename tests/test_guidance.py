@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
-from fastphi import engine, reference
+from fastphi import engine, guidance, reference
 from fastphi.guidance import match_phi
 from fastphi.unet import UNet, UNetConfig
 
@@ -202,3 +204,24 @@ def test_nan_is_reported_not_returned() -> None:
         model.mid[0].bias[0] = torch.nan
     with pytest.raises(FloatingPointError, match="image 0 at update 0"):
         match_phi(model, X, TARGET, max_iter=3)
+
+
+def test_images_that_adam_cannot_move_are_told_once(monkeypatch, caplog) -> None:
+    """φ of size 1e-6: the gradient is below ε, and the images stay where they are."""
+    monkeypatch.setattr(guidance, "_told_idle", [])
+    model = tiny()
+    x, target = case()
+    with caplog.at_level(logging.WARNING, "fastphi"):
+        match_phi(model, x, target, max_iter=5)
+        assert not caplog.records
+        with torch.no_grad():
+            model.mid[-1].gamma.mul_(1e-6)
+        for _ in range(2):
+            result = match_phi(model, x, target * 1e-6, max_iter=5)
+        (record,) = caplog.records
+    assert (result.x - x).abs().max() < 1e-3
+    assert "3 of 3 images hardly moved" in record.message
+    caplog.clear()
+    monkeypatch.setattr(guidance, "_told_idle", [])
+    match_phi(model, x, model.phi(x).detach(), tolerance=0.0, max_iter=3)  # nothing to do
+    assert not caplog.records

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from fastphi import checkpoint, files, noise, reference
 from fastphi.data import MemoryImages
 from fastphi.train import TrainConfig, Trainer, psnr
-from fastphi.training_process import World
+from fastphi.training_process import World, prefetched
 from fastphi.unet import UNet, UNetConfig
 
 NETWORK = UNetConfig(channels=(4, 6), dec_layers=2, mid_layers=2)
@@ -527,3 +529,25 @@ def test_tensorboard_needs_its_package(tmp_path, monkeypatch):
 def test_an_engine_that_cannot_serve_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="'cpu' was asked for but cannot serve"):
         Trainer(config(tmp_path, backend="cpu", amp="bf16"), images())
+
+
+# --- the thread that draws the batches ---
+
+
+def test_prefetched_is_in_order_and_raises_what_the_thread_raised():
+    assert list(prefetched(lambda i: i * i, range(9))) == [i * i for i in range(9)]
+    taken = prefetched(lambda i: 1 // (2 - i), range(9))
+    assert next(taken) == 0 and next(taken) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(taken)
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_prefetched_ends_its_thread(how):
+    before = threading.active_count()
+    taken = prefetched(lambda i: i, itertools.count())
+    next(taken)
+    if how == "close":
+        taken.close()
+    del taken
+    assert threading.active_count() == before
