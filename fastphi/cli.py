@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ except ModuleNotFoundError:
     )
 
 from fastphi.train import TrainConfig
+from fastphi.unet import UNetConfig
 
 Backend = Literal["auto", "cpu", "reference"]
 
@@ -62,7 +64,15 @@ def pack(
     print(f"{out}: {len(packed)} images of {packed.size} x {packed.size} x {packed.channels}")
 
 
-def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _TrainConfig(TrainConfig):
+    """Without a default network: so that one count of layers goes for any number of resolutions."""
+
+    model: UNetConfig = field()
+    """Sizes of the network."""
+
+
+def train(config: Annotated[_TrainConfig, arg(name="")]) -> None:
     """Train the denoiser (§2.1). The same command again resumes, to the same bits."""
     from fastphi.train import Trainer
 

@@ -4,7 +4,7 @@
 
 The order of the images, their noise levels and their noise are functions of (seed, image, epoch):
 the same whatever the number of processes, and after a resume. Several processes:
-torchrun --nproc-per-node 4 --no-python fastphi train ...; the batch is divided among them.
+torchrun --nproc-per-node 4 -m fastphi train ...; the batch is divided among them.
 """
 
 from __future__ import annotations

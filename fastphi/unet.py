@@ -16,24 +16,30 @@ from fastphi import engine, validate
 class UNetConfig:
     """Sizes of the network. Index 0 of every tuple is full resolution.
 
-    channels: of each encoder block, then of the middle block (at least two entries).
-    enc_layers, dec_layers: convolutions per block; one number, or one per resolution. The last
-        convolution of decoder block 1 is the plain one to the image (so that block has at least 2).
-    norm: "std", the authors' form (y = γ z / (std(z) + ε)), or "layer", the textbook form.
-    upsample_bias: transposed convolutions have a bias, the full-resolution one excepted.
-    residual: the network's output is the residual x − x̂ (eq. 1), not the denoised image x̂.
+    Raises ValueError or TypeError, naming the field, for a value that cannot be.
     """
 
     channels: tuple[int, ...] = (64, 128, 256, 512)
+    """Of each encoder block, full resolution first, then of the middle block (at least two)."""
     image_channels: int = 3
+    """Colours of an image: 3, or 1 for grey."""
     enc_layers: int | tuple[int, ...] = 2
+    """Convolutions per encoder block: one number, or one per resolution."""
     mid_layers: int = 3
+    """Convolutions of the middle block."""
     dec_layers: int | tuple[int, ...] = 6
+    """Convolutions per decoder block: one number, or one per resolution. The last one of block 1 is
+    the plain one to the image, so that block has at least 2."""
     bias: bool = True
+    """Whether the 3×3 convolutions have a bias."""
     norm: str = "std"
+    """std, the authors' form (y = γ z / (std(z) + ε)), or layer, the textbook form."""
     upsample_bias: bool = False
+    """Whether the transposed convolutions have a bias (the full-resolution one never has)."""
     residual: bool = False
+    """Whether the network's output is the residual x − x̂ (eq. 1), not the denoised image x̂."""
     eps: float = 1e-5
+    """ε of the norm, beside the standard deviation."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:

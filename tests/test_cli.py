@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 import fastphi
 from fastphi.cli import COMMANDS, main
 
-TRAIN = "--model.channels 4 8 --model.enc-layers 2 --model.dec-layers 2 --batch 8".split()
+TRAIN = "--model.channels 4 8 --model.dec-layers 2 --batch 8".split()
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +122,9 @@ def test_every_command_has_help(capsys):
         with pytest.raises(SystemExit) as stop:
             main([command.__name__, "--help"])
         assert stop.value.code == 0 and len(capsys.readouterr().out) > 200
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "fastphi", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == fastphi.__version__
