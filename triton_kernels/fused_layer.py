@@ -1,0 +1,438 @@
+"""The fused layer (DESIGN: the norm costs nothing): 3×3 convolution, deferred scale, bias, partial statistics,
+gain, ReLU; where wanted the 2×2 mean pool and the sums over space.
+
+    z = s·conv(r, W) [+ s2·conv(r2, W2)] + b        r_out = ReLU(γ z)        (partials of z)
+
+Layouts: activations (N, H, W, C) dense; weights packed by `pack_weight`: (Cout, K), K = (source, ky, kx, channel),
+channels of a source padded with zeros to `tiles.padded`; s, bias, gamma, statistics and sums fp32.
+
+Tiling: an implicit matrix product. A program owns a box of pixels (images × rows × columns, `tiles.py`) and
+block_n output channels, and walks K in one flat loop: a step loads the box of pixels shifted by (ky, kx), block_k
+channels of it, and the weights of the same step. With descriptors (sm_90) the copy engine does both, and
+fills what lies outside the image with zeros: that is the convolution's padding. Channel blocks of one box are
+neighbours in the grid, so the box comes from L2 the second time.
+
+To move and to do, per image, bf16: 2·H·W·(C1 + C2 + Cout) bytes (the input from memory once; the nine taps
+come from L2) and 18·H·W·(C1 + C2)·Cout operations. Bound on an H200 (790 TFLOP/s, 4.3 TB/s), both of them:
+    64→64 @64×64      1.05 MB  0.24 µs     302 MFLOP  0.38 µs
+    128→128 @32×32    0.52 MB  0.12 µs     302 MFLOP  0.38 µs
+    256→256 @16×16    0.26 MB  0.06 µs     302 MFLOP  0.38 µs
+    512→512 @8×8      0.13 MB  0.03 µs     302 MFLOP  0.38 µs
+Measured distance to that bound: not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tiles
+from .support import (
+    capability,
+    cdiv,
+    check,
+    check_can_run,
+    check_precision,
+    descriptor,
+    interpreted,
+    jit,
+    round_to_bf16,
+    tl,
+)
+
+OP = "fused_layer_fwd"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@jit
+def conv3x3(
+    acc,  # (block_n, pixels) if WEIGHTS_ON_M else (pixels, block_n), fp32
+    r,  # (N, H, W, C), descriptor or pointer
+    weight,  # (Cout, K), descriptor or pointer
+    image,
+    y0,
+    x0,
+    channel,
+    N,
+    H,
+    W,
+    K: tl.constexpr,
+    K_START: tl.constexpr,  # where this source begins in K
+    C: tl.constexpr,
+    PADDED: tl.constexpr,
+    COUT: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WEIGHTS_ON_M: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """acc + conv(r, W) of one source, over the program's box of pixels and block of channels."""
+    M: tl.constexpr = TN * TH * TW
+    BLOCKS: tl.constexpr = PADDED // BLOCK_K
+    if not DESCRIPTORS:
+        m = tl.arange(0, M)
+        n, y, x = image + m // (TH * TW), y0 + m // TW % TH, x0 + m % TW
+        k = tl.arange(0, BLOCK_K)
+        co = channel + tl.arange(0, BLOCK_N)
+        # 64 bits for the part that grows with the batch, 32 within the box
+        r += image.to(tl.int64) * H * W * C
+        pixel = ((m // (TH * TW) * H + y) * W + x) * C
+        weight += K_START
+    for i in range(9 * BLOCKS):
+        tap = i // BLOCKS
+        c0 = i % BLOCKS * BLOCK_K
+        dy, dx = tap // 3 - 1, tap % 3 - 1
+        if DESCRIPTORS:
+            a = r.load([image, y0 + dy, x0 + dx, c0]).reshape(M, BLOCK_K)
+            b = weight.load([channel, K_START + i * BLOCK_K])
+        else:
+            inside = (n < N) & (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
+            mask = inside[:, None]
+            if C % BLOCK_K != 0:
+                mask = mask & (c0 + k < C)[None, :]
+            offset = pixel + ((dy * W + dx) * C + c0)
+            a = tl.load(r + offset[:, None] + k[None, :], mask=mask, other=0.0)
+            rows = weight + co[:, None] * K + (i * BLOCK_K + k)[None, :]
+            if COUT % BLOCK_N == 0:
+                b = tl.load(rows)
+            else:
+                b = tl.load(rows, mask=(co < COUT)[:, None], other=0.0)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        if WEIGHTS_ON_M:
+            acc = tl.dot(b, a.trans(), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, b.trans(), acc, input_precision=PRECISION)
+    return acc
+
+
+@jit
+def load_scalars(s, image, N, TN: tl.constexpr):
+    """One number per image of the box: a scalar where there is one image, else (TN,)."""
+    if TN == 1:
+        v = tl.load(s + image)
+    else:
+        n = image + tl.arange(0, TN)
+        v = tl.load(s + n, mask=n < N, other=1.0)
+    return v
+
+
+@jit
+def per_pixel(v, TN: tl.constexpr, PIXELS: tl.constexpr):
+    """A number per image (scalar or (TN,)) as a factor of (TN·PIXELS, channels)."""
+    if TN > 1:
+        v = tl.broadcast_to(v[:, None], (TN, PIXELS)).reshape(TN * PIXELS)[:, None]
+    return v
+
+
+@jit
+def per_image_sum(x, TN: tl.constexpr, PIXELS: tl.constexpr):
+    """Sum of (TN·PIXELS, channels) over all but the image: a scalar or (TN,)."""
+    rows = tl.sum(x, axis=1)
+    if TN == 1:
+        total = tl.sum(rows, axis=0)
+    else:
+        total = tl.sum(rows.reshape(TN, PIXELS), axis=1)
+    return total
+
+
+@jit
+def store_partials(partials, count, mean, m2, image, slot, SLOTS, N, TN: tl.constexpr):
+    """(count, mean, M2) of each image of the box into its slot."""
+    if TN == 1:
+        at = partials + (image.to(tl.int64) * SLOTS + slot) * 3
+        tl.store(at, count)
+        tl.store(at + 1, mean)
+        tl.store(at + 2, m2)
+    else:
+        n = image + tl.arange(0, TN)
+        at = partials + (n.to(tl.int64) * SLOTS + slot) * 3
+        tl.store(at, tl.zeros((TN,), tl.float32) + count, mask=n < N)
+        tl.store(at + 1, mean, mask=n < N)
+        tl.store(at + 2, m2, mask=n < N)
+
+
+@jit
+def store_box(
+    out,  # (N, H, W, COUT), descriptor or pointer
+    value,  # (TN·TH·TW, BLOCK_N)
+    image,
+    y0,
+    x0,
+    channel,
+    N,
+    H,
+    W,
+    COUT: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Write what of the box lies inside the tensor."""
+    if UPCAST:
+        value = round_to_bf16(value)
+    if DESCRIPTORS:
+        value = value.to(out.dtype).reshape(TN, TH, TW, BLOCK_N)
+        out.store([image, y0, x0, channel], value)
+    else:
+        m = tl.arange(0, TN * TH * TW)
+        n, y, x = m // (TH * TW), y0 + m // TW % TH, x0 + m % TW
+        co = channel + tl.arange(0, BLOCK_N)
+        out += image.to(tl.int64) * H * W * COUT
+        mask = ((image + n < N) & (y < H) & (x < W))[:, None] & (co < COUT)[None, :]
+        offset = ((n * H + y) * W + x) * COUT
+        tl.store(out + offset[:, None] + co[None, :], value, mask=mask)
+
+
+@jit
+def fused_layer_fwd_kernel(
+    r,  # (N, H, W, C1)
+    s,  # (N,) fp32
+    r2,  # (N, H, W, C2) or None
+    s2,  # (N,) fp32 or None
+    weight,  # (Cout, K)
+    bias,  # (Cout,) fp32 or None
+    gamma,  # (Cout,) fp32 or None
+    r_out,  # (N, H, W, Cout) or None
+    pooled,  # (N, H/2, W/2, Cout) or None
+    partials,  # (N, tiles·channel blocks, 3) fp32 or None
+    sums,  # (N, tiles, Cout) fp32 or None
+    N,
+    H,
+    W,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    P1: tl.constexpr,  # C1, C2 padded
+    P2: tl.constexpr,
+    COUT: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,  # some boxes reach beyond the image
+    RELU: tl.constexpr,
+    WEIGHTS_ON_M: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    PIXELS: tl.constexpr = TH * TW
+    BLOCKS: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
+    K: tl.constexpr = 9 * (P1 + P2)
+    across, down = tl.cdiv(W, TW), tl.cdiv(H, TH)
+    program = tl.program_id(0)
+    block = program % BLOCKS
+    box = program // BLOCKS
+    place = box % (across * down)
+    image = box // (across * down) * TN
+    y0, x0, channel = place // across * TH, place % across * TW, block * BLOCK_N
+
+    acc = tl.zeros((BLOCK_N, TN * PIXELS) if WEIGHTS_ON_M else (TN * PIXELS, BLOCK_N), tl.float32)
+    acc = conv3x3(acc, r, weight, image, y0, x0, channel, N, H, W, K, 0, C1, P1, COUT,
+                  TN, TH, TW, BLOCK_N, BLOCK_K, WEIGHTS_ON_M, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
+    scale = load_scalars(s, image, N, TN)
+    if r2 is not None:
+        # The first source is brought to the second's scale, so that the rest can be added to it.
+        # The bound keeps 0·inf out; a ratio beyond it leaves nothing of the second source.
+        scale2 = load_scalars(s2, image, N, TN)
+        ratio = per_pixel(tl.minimum(scale / scale2, 1e30), TN, PIXELS)
+        acc *= ratio.trans() if (WEIGHTS_ON_M and TN > 1) else ratio
+        acc = conv3x3(acc, r2, weight, image, y0, x0, channel, N, H, W, K, 9 * P1, C2, P2, COUT,
+                      TN, TH, TW, BLOCK_N, BLOCK_K, WEIGHTS_ON_M, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
+        scale = scale2
+
+    co = channel + tl.arange(0, BLOCK_N)
+    z = (acc.trans() if WEIGHTS_ON_M else acc) * per_pixel(scale, TN, PIXELS)
+    if bias is not None:
+        z += tl.load(bias + co, mask=co < COUT, other=0.0)[None, :]
+    m = tl.arange(0, TN * PIXELS)
+    inside = ((y0 + m // TW % TH < H) & (x0 + m % TW < W))[:, None] & (co < COUT)[None, :]
+    if partials is not None:
+        count = (
+            tl.minimum(H - y0, TH) * tl.minimum(W - x0, TW) * tl.minimum(COUT - channel, BLOCK_N)
+        )
+        count = count.to(tl.float32)
+        kept = tl.where(inside, z, 0.0) if MASKED else z
+        mean = per_image_sum(kept, TN, PIXELS) / count
+        kept = z - per_pixel(mean, TN, PIXELS)
+        kept = tl.where(inside, kept, 0.0) if MASKED else kept
+        m2 = per_image_sum(kept * kept, TN, PIXELS)
+        store_partials(partials, count, mean, m2, image, place * BLOCKS + block,
+                       across * down * BLOCKS, N, TN)  # fmt: skip
+    if gamma is not None:
+        z *= tl.load(gamma + co, mask=co < COUT, other=0.0)[None, :]
+    if RELU:
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if r_out is not None:
+        store_box(r_out, z, image, y0, x0, channel, N, H, W, COUT, TN, TH, TW,
+                  BLOCK_N, DESCRIPTORS, UPCAST)  # fmt: skip
+    if sums is not None:
+        kept = tl.where(inside, z, 0.0) if MASKED else z
+        total = tl.sum(kept.reshape(TN, PIXELS, BLOCK_N), axis=1)
+        n = image + tl.arange(0, TN)
+        at = (n.to(tl.int64) * (across * down) + place)[:, None] * COUT + co[None, :]
+        tl.store(sums + at, total, mask=(n < N)[:, None] & (co < COUT)[None, :])
+    if pooled is not None:
+        quads = z.reshape(TN * TH // 2, 2, TW // 2, 2, BLOCK_N)
+        mean4 = (0.25 * tl.sum(tl.sum(quads, axis=3), axis=1)).reshape(TN * PIXELS // 4, BLOCK_N)
+        store_box(pooled, mean4, image, y0 // 2, x0 // 2, channel, N, H // 2, W // 2, COUT,
+                  TN, TH // 2, TW // 2, BLOCK_N, DESCRIPTORS, UPCAST)  # fmt: skip
+
+
+def pack_weight(weight: Tensor, split: int | None, dtype: torch.dtype) -> Tensor:
+    """torch's (Cout, Cin, 3, 3) -> (Cout, K). `split`: channels of the first of two sources, or None."""
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(
+            f"pack_weight: weight has shape {tuple(weight.shape)}, expected (Cout, Cin, 3, 3)"
+        )
+    c_in = weight.shape[1]
+    if split is not None and not 0 < split < c_in:
+        raise ValueError(f"pack_weight: split is {split}, expected between 1 and {c_in - 1}")
+    parts = [weight] if split is None else [weight[:, :split], weight[:, split:]]
+    packed = []
+    for part in parts:
+        c = part.shape[1]
+        taps = part.detach().to(dtype).permute(0, 2, 3, 1)
+        packed.append(torch.nn.functional.pad(taps, (0, tiles.padded(c) - c)).flatten(1))
+    return torch.cat(packed, dim=1).contiguous()
+
+
+def _shape(c_in: tuple[int, ...], c_out: int, H: int, W: int, dtype, device) -> tuple[int, int]:
+    """(boxes of pixels, blocks of output channels) of an image."""
+    t = tiles.tile(c_in, c_out, H, W, dtype, capability(device))
+    return cdiv(H, t.rows) * cdiv(W, t.columns), cdiv(c_out, t.block_n)
+
+
+def partials_per_image(
+    c_in: tuple[int, ...], c_out: int, H: int, W: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """T of `partials` (N, T, 3). c_in: the channels of each source."""
+    boxes, blocks = _shape(c_in, c_out, H, W, dtype, device)
+    return boxes * blocks
+
+
+def sums_per_image(
+    c_in: tuple[int, ...], c_out: int, H: int, W: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Ts of `sums` (N, Ts, Cout)."""
+    return _shape(c_in, c_out, H, W, dtype, device)[0]
+
+
+def _check_inputs(r, s, weight, bias, gamma, r2, s2) -> None:
+    if r.ndim != 4:
+        raise ValueError(f"{OP}: r has shape {tuple(r.shape)}, expected (N, H, W, C)")
+    if (r2 is None) != (s2 is None):
+        raise ValueError(
+            f"{OP}: r2 and s2 belong together, got only {'r2' if s2 is None else 's2'}"
+        )
+    N, H, W, c1 = r.shape
+    check(OP, "r", r, r.shape, DTYPES, r.device)
+    check(OP, "s", s, (N,), (torch.float32,), r.device)
+    k = tiles.padded(c1)
+    if r2 is not None:
+        check(OP, "r2", r2, (N, H, W, r2.shape[-1]), (r.dtype,), r.device)
+        check(OP, "s2", s2, (N,), (torch.float32,), r.device)
+        k += tiles.padded(r2.shape[-1])
+    check(OP, "weight (from pack_weight)", weight, (len(weight), 9 * k), (r.dtype,), r.device)
+    for name, vector in (("bias", bias), ("gamma", gamma)):
+        if vector is not None:
+            check(OP, name, vector, (len(weight),), (torch.float32,), r.device)
+
+
+def _check_outputs(r, c_out, boxes, blocks, r_out, pooled, partials, sums) -> None:
+    N, H, W, _ = r.shape
+    if pooled is not None and (H % 2 or W % 2):
+        raise ValueError(f"{OP}: pooled needs even height and width, got {H}×{W}")
+    single = (torch.float32,)
+    wanted = (
+        ("r_out", r_out, (N, H, W, c_out), DTYPES),
+        ("pooled", pooled, (N, H // 2, W // 2, c_out), DTYPES),
+        ("partials", partials, (N, boxes * blocks, 3), single),
+        ("sums", sums, (N, boxes, c_out), single),
+    )
+    for name, tensor, shape, dtypes in wanted:
+        if tensor is not None:
+            check(OP, name, tensor, shape, dtypes if dtypes is single else (r.dtype,), r.device)
+    if all(tensor is None for _, tensor, _, _ in wanted):
+        raise ValueError(f"{OP}: nothing to write: give r_out, pooled, partials or sums")
+
+
+def fused_layer_fwd(
+    r: Tensor,  # (N, H, W, C1) bf16, fp16 or fp32
+    s: Tensor,  # (N,) fp32
+    weight: Tensor,  # (Cout, K) from pack_weight, in r's dtype
+    bias: Tensor | None,  # (Cout,) fp32
+    gamma: Tensor | None,  # (Cout,) fp32; None: no norm
+    *,
+    r2: Tensor | None = None,  # (N, H, W, C2)
+    s2: Tensor | None = None,  # (N,) fp32
+    r_out: Tensor | None = None,  # (N, H, W, Cout)
+    pooled: Tensor | None = None,  # (N, H/2, W/2, Cout): 2×2 means of r_out before rounding
+    partials: Tensor | None = None,  # (N, partials_per_image, 3) fp32: count, mean, M2 of z
+    sums: Tensor | None = None,  # (N, sums_per_image, Cout) fp32: of r_out before rounding
+    relu: bool = True,
+    precision: str = "ieee",  # of fp32 products: "ieee" or "tf32"
+) -> None:
+    """Launch the layer; writes those of the outputs that are given."""
+    check_can_run(OP, r.device)
+    check_precision(OP, precision)
+    _check_inputs(r, s, weight, bias, gamma, r2, s2)
+    N, H, W, c1 = r.shape
+    c2 = 0 if r2 is None else r2.shape[3]
+    c_out = len(weight)
+    c_in = (c1, c2) if c2 else (c1,)
+    t = tiles.tile(c_in, c_out, H, W, r.dtype, capability(r.device))
+    boxes, blocks = cdiv(H, t.rows) * cdiv(W, t.columns), cdiv(c_out, t.block_n)
+    _check_outputs(r, c_out, boxes, blocks, r_out, pooled, partials, sums)
+    if r.numel() == 0:
+        return
+    ends = [r, r2, weight, r_out, pooled]
+    if t.descriptors:
+        full = (t.images, t.rows, t.columns)
+        half = (t.images, t.rows // 2, t.columns // 2)
+        blocks_of = [(*full, t.block_k), (*full, t.block_k), (t.block_n, t.block_k),
+                     (*full, t.block_n), (*half, t.block_n)]  # fmt: skip
+        ends = [e if e is None else descriptor(e, b) for e, b in zip(ends, blocks_of, strict=True)]
+    a, a2, w, out, small = ends
+    fused_layer_fwd_kernel[(cdiv(N, t.images) * boxes * blocks,)](
+        a, s, a2, s2, w, bias, gamma, out, small, partials, sums, N, H, W,
+        **constants(c_in, c_out, H, W, r.dtype, t, relu, precision),
+    )  # fmt: skip
+
+
+def constants(
+    c_in: tuple[int, ...], c_out: int, H: int, W: int, dtype, t: tiles.Tile, relu: bool, precision
+) -> dict[str, Any]:
+    """The kernel's compile-time arguments."""
+    c1, c2 = (*c_in, 0)[:2]
+    return dict(
+        C1=c1,
+        C2=c2,
+        P1=tiles.padded(c1),
+        P2=tiles.padded(c2) if c2 else 0,
+        COUT=c_out,
+        TN=t.images,
+        TH=t.rows,
+        TW=t.columns,
+        BLOCK_N=t.block_n,
+        BLOCK_K=t.block_k,
+        MASKED=H % t.rows != 0 or W % t.columns != 0 or c_out % t.block_n != 0,
+        RELU=relu,
+        WEIGHTS_ON_M=t.weights_on_m,
+        DESCRIPTORS=t.descriptors,
+        PRECISION=precision,
+        UPCAST=dtype == torch.bfloat16 and interpreted(),  # its bf16 products are wrong
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )

@@ -1,0 +1,118 @@
+"""Which tile every kernel uses: one table, the reason beside each row, nothing tuned at run time.
+
+A tile is chosen by layer, image size, dtype and architecture, never by the batch: so the order of every sum,
+and with it every bit of a result, is the same whoever shares the batch.
+
+The reasons count per step of BLOCK_K = 64 channels in bf16, for one multiprocessor of an H100/H200: 2048
+multiply-adds a clock, about 32 to 48 bytes a clock from L2. A step of M pixels and N channels takes
+M·N·64/2048 clocks and loads 128·(M + N) bytes. None of it has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .support import cdiv, describable, power_of_two
+
+
+class Tile(NamedTuple):
+    """images × rows × columns of pixels, by block_n output channels, in steps of block_k inputs."""
+
+    images: int
+    rows: int
+    columns: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    descriptors: bool  # operands through the tensor copy engine (sm_90), or through pointers
+    weights_on_m: bool  # output channels are the rows of the matrix product, pixels its columns
+
+
+class Row(NamedTuple):
+    """A row of the table: from this many output channels on."""
+
+    c_out: int
+    pixels: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    weights_on_m: bool = False
+
+
+# 3×3 convolution: (kind) -> rows by falling number of output channels
+CONV: dict[str, tuple[Row, ...]] = {
+    # sm_90, tensor descriptors, bf16
+    "sm_90 descriptors": (
+        # 128×256: 1024 clocks for 48 KB, the most that two warpgroups can accumulate
+        Row(256, 128, 256, 64, 8, 4),
+        # 256×128: the same ratio with all channels in one block
+        Row(128, 256, 128, 64, 8, 4),
+        # 64 channels: m64n64 products would read shared memory at its full rate; with the channels as
+        # rows they are m64n256, and 256 pixels share the weights
+        Row(64, 256, 64, 64, 4, 3, weights_on_m=True),
+        # fewer: bound by the loads whatever the shape
+        Row(1, 128, 32, 64, 4, 4),
+    ),
+    # sm_80 (and odd channels on sm_90): gather through cp.async; addresses and masks take registers
+    "pointers": (
+        # 128×128 on 8 warps: on 4 the addresses spill
+        Row(128, 128, 128, 32, 8, 4),
+        Row(64, 128, 64, 64, 4, 3),
+        Row(1, 128, 32, 64, 4, 3),
+    ),
+    # fp32, for validation: "ieee" products run on the plain cores from registers
+    "float32": (
+        Row(64, 64, 64, 16, 4, 2),
+        Row(1, 64, 32, 16, 4, 2),
+    ),
+}
+
+MAX_IMAGES = (
+    16  # images per tile, at most: small images must not need a large batch to be efficient
+)
+
+
+def padded(channels: int) -> int:
+    """Channels of a packed weight: whole steps of block_k for every tile above."""
+    return max(16, power_of_two(channels)) if channels <= 64 else cdiv(channels, 64) * 64
+
+
+def pixel_box(pixels: int, height: int, width: int) -> tuple[int, int, int]:
+    """(images, rows, columns), powers of two: the box that wastes least of its pixels on the image,
+    then the one with the fewest images, then the squarest (the smallest halo to load again)."""
+    best, box = None, (1, 2, pixels // 2)
+    for log_images in range(MAX_IMAGES.bit_length()):
+        images = 1 << log_images
+        rows = 2
+        while images * rows * 2 <= pixels:
+            columns = pixels // (images * rows)
+            tiles = cdiv(height, rows) * cdiv(width, columns)
+            cost = (tiles * rows * columns, images, rows + columns, -columns)
+            if best is None or cost < best:
+                best, box = cost, (images, rows, columns)
+            rows *= 2
+    return box
+
+
+def tile(
+    c_in: tuple[int, ...],
+    c_out: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    capability: int,
+) -> Tile:
+    """The tile of a 3×3 convolution."""
+    descriptors = dtype.itemsize == 2 and capability >= 90 and describable(dtype, *c_in, c_out)
+    kind = "sm_90 descriptors" if descriptors else "pointers"
+    if dtype == torch.float32:
+        kind = "float32"
+    row = next(row for row in CONV[kind] if c_out >= row.c_out)
+    block_n = min(row.block_n, max(16, power_of_two(c_out)))
+    block_k = min(row.block_k, *(padded(c) for c in c_in))
+    box = pixel_box(row.pixels, height, width)
+    return Tile(*box, block_n, block_k, row.warps, row.stages, descriptors, row.weights_on_m)
