@@ -48,7 +48,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @jit
 def conv3x3(
-    acc,  # (block_n, pixels) if WEIGHTS_ON_M else (pixels, block_n), fp32
+    acc,  # (BLOCK_N, pixels) fp32
     r,  # (N, H, W, C), descriptor or pointer
     weight,  # (Cout, K), descriptor or pointer
     image,
@@ -68,7 +68,6 @@ def conv3x3(
     TW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WEIGHTS_ON_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -106,63 +105,33 @@ def conv3x3(
                 b = tl.load(rows, mask=(co < COUT)[:, None], other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        if WEIGHTS_ON_M:
-            acc = tl.dot(b, a.trans(), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(a, b.trans(), acc, input_precision=PRECISION)
+        acc = tl.dot(b, a.trans(), acc, input_precision=PRECISION)
     return acc
 
 
 @jit
-def load_scalars(s, image, N, TN: tl.constexpr):
-    """One number per image of the box: a scalar where there is one image, else (TN,)."""
-    if TN == 1:
-        v = tl.load(s + image)
-    else:
-        n = image + tl.arange(0, TN)
-        v = tl.load(s + n, mask=n < N, other=1.0)
-    return v
-
-
-@jit
 def per_pixel(v, TN: tl.constexpr, PIXELS: tl.constexpr):
-    """A number per image (scalar or (TN,)) as a factor of (TN·PIXELS, channels)."""
-    if TN > 1:
-        v = tl.broadcast_to(v[:, None], (TN, PIXELS)).reshape(TN * PIXELS)[:, None]
-    return v
+    """A number per image, (TN,), as a factor of (channels, TN·PIXELS)."""
+    return tl.broadcast_to(v[:, None], (TN, PIXELS)).reshape(1, TN * PIXELS)
 
 
 @jit
-def per_image_sum(x, TN: tl.constexpr, PIXELS: tl.constexpr):
-    """Sum of (TN·PIXELS, channels) over all but the image: a scalar or (TN,)."""
-    rows = tl.sum(x, axis=1)
-    if TN == 1:
-        total = tl.sum(rows, axis=0)
-    else:
-        total = tl.sum(rows.reshape(TN, PIXELS), axis=1)
-    return total
+def channel_sums(x, TN: tl.constexpr, PIXELS: tl.constexpr):
+    """(channels, TN·PIXELS) -> (channels, TN): sums over each image's pixels."""
+    return tl.sum(x.reshape(x.shape[0], TN, PIXELS), axis=2)
 
 
 @jit
-def store_partials(partials, count, mean, m2, image, slot, SLOTS, N, TN: tl.constexpr):
-    """(count, mean, M2) of each image of the box into its slot."""
-    if TN == 1:
-        at = partials + (image.to(tl.int64) * SLOTS + slot) * 3
-        tl.store(at, count)
-        tl.store(at + 1, mean)
-        tl.store(at + 2, m2)
-    else:
-        n = image + tl.arange(0, TN)
-        at = partials + (n.to(tl.int64) * SLOTS + slot) * 3
-        tl.store(at, tl.zeros((TN,), tl.float32) + count, mask=n < N)
-        tl.store(at + 1, mean, mask=n < N)
-        tl.store(at + 2, m2, mask=n < N)
+def load_channels(v, channel, COUT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_N, 1) of a vector over the output channels."""
+    co = channel + tl.arange(0, BLOCK_N)
+    return tl.load(v + co, mask=co < COUT, other=0.0)[:, None]
 
 
 @jit
 def store_box(
     out,  # (N, H, W, COUT), descriptor or pointer
-    value,  # (TN·TH·TW, BLOCK_N)
+    value,  # (BLOCK_N, TN·TH·TW)
     image,
     y0,
     x0,
@@ -181,9 +150,9 @@ def store_box(
     """Write what of the box lies inside the tensor."""
     if UPCAST:
         value = round_to_bf16(value)
+    value = value.trans()
     if DESCRIPTORS:
-        value = value.to(out.dtype).reshape(TN, TH, TW, BLOCK_N)
-        out.store([image, y0, x0, channel], value)
+        out.store([image, y0, x0, channel], value.to(out.dtype).reshape(TN, TH, TW, BLOCK_N))
     else:
         m = tl.arange(0, TN * TH * TW)
         n, y, x = m // (TH * TW), y0 + m // TW % TH, x0 + m % TW
@@ -205,8 +174,8 @@ def fused_layer_fwd_kernel(
     gamma,  # (Cout,) fp32 or None
     r_out,  # (N, H, W, Cout) or None
     pooled,  # (N, H/2, W/2, Cout) or None
-    partials,  # (N, tiles·channel blocks, 3) fp32 or None
-    sums,  # (N, tiles, Cout) fp32 or None
+    partials,  # (N, boxes·blocks of channels, 3) fp32 or None
+    sums,  # (N, boxes, Cout) fp32 or None
     N,
     H,
     W,
@@ -222,7 +191,6 @@ def fused_layer_fwd_kernel(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,  # some boxes reach beyond the image
     RELU: tl.constexpr,
-    WEIGHTS_ON_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -230,64 +198,64 @@ def fused_layer_fwd_kernel(
     PIXELS: tl.constexpr = TH * TW
     BLOCKS: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
     K: tl.constexpr = 9 * (P1 + P2)
-    across, down = tl.cdiv(W, TW), tl.cdiv(H, TH)
-    program = tl.program_id(0)
-    block = program % BLOCKS
-    box = program // BLOCKS
-    place = box % (across * down)
-    image = box // (across * down) * TN
+    across = tl.cdiv(W, TW)
+    boxes = across * tl.cdiv(H, TH)
+    block = tl.program_id(0) % BLOCKS
+    box = tl.program_id(0) // BLOCKS
+    place = box % boxes
+    image = box // boxes * TN
     y0, x0, channel = place // across * TH, place % across * TW, block * BLOCK_N
+    n = image + tl.arange(0, TN)
 
-    acc = tl.zeros((BLOCK_N, TN * PIXELS) if WEIGHTS_ON_M else (TN * PIXELS, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
     acc = conv3x3(acc, r, weight, image, y0, x0, channel, N, H, W, K, 0, C1, P1, COUT,
-                  TN, TH, TW, BLOCK_N, BLOCK_K, WEIGHTS_ON_M, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
-    scale = load_scalars(s, image, N, TN)
+                  TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
+    scale = tl.load(s + n, mask=n < N, other=1.0)
     if r2 is not None:
         # The first source is brought to the second's scale, so that the rest can be added to it.
-        # The bound keeps 0·inf out; a ratio beyond it leaves nothing of the second source.
-        scale2 = load_scalars(s2, image, N, TN)
-        ratio = per_pixel(tl.minimum(scale / scale2, 1e30), TN, PIXELS)
-        acc *= ratio.trans() if (WEIGHTS_ON_M and TN > 1) else ratio
+        # The bound keeps 0·inf out; beyond it nothing would be left of the second source.
+        scale2 = tl.load(s2 + n, mask=n < N, other=1.0)
+        acc *= per_pixel(tl.minimum(scale / scale2, 1e30), TN, PIXELS)
         acc = conv3x3(acc, r2, weight, image, y0, x0, channel, N, H, W, K, 9 * P1, C2, P2, COUT,
-                      TN, TH, TW, BLOCK_N, BLOCK_K, WEIGHTS_ON_M, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
+                      TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
         scale = scale2
 
-    co = channel + tl.arange(0, BLOCK_N)
-    z = (acc.trans() if WEIGHTS_ON_M else acc) * per_pixel(scale, TN, PIXELS)
+    z = acc * per_pixel(scale, TN, PIXELS)
     if bias is not None:
-        z += tl.load(bias + co, mask=co < COUT, other=0.0)[None, :]
+        z += load_channels(bias, channel, COUT, BLOCK_N)
     m = tl.arange(0, TN * PIXELS)
-    inside = ((y0 + m // TW % TH < H) & (x0 + m % TW < W))[:, None] & (co < COUT)[None, :]
+    co = channel + tl.arange(0, BLOCK_N)
+    inside = (co < COUT)[:, None] & ((y0 + m // TW % TH < H) & (x0 + m % TW < W))[None, :]
     if partials is not None:
         count = (
             tl.minimum(H - y0, TH) * tl.minimum(W - x0, TW) * tl.minimum(COUT - channel, BLOCK_N)
         )
         count = count.to(tl.float32)
         kept = tl.where(inside, z, 0.0) if MASKED else z
-        mean = per_image_sum(kept, TN, PIXELS) / count
+        mean = tl.sum(channel_sums(kept, TN, PIXELS), axis=0) / count
         kept = z - per_pixel(mean, TN, PIXELS)
         kept = tl.where(inside, kept, 0.0) if MASKED else kept
-        m2 = per_image_sum(kept * kept, TN, PIXELS)
-        store_partials(partials, count, mean, m2, image, place * BLOCKS + block,
-                       across * down * BLOCKS, N, TN)  # fmt: skip
+        m2 = tl.sum(channel_sums(kept * kept, TN, PIXELS), axis=0)
+        at = partials + (n.to(tl.int64) * (boxes * BLOCKS) + place * BLOCKS + block) * 3
+        tl.store(at, tl.zeros((TN,), tl.float32) + count, mask=n < N)
+        tl.store(at + 1, mean, mask=n < N)
+        tl.store(at + 2, m2, mask=n < N)
     if gamma is not None:
-        z *= tl.load(gamma + co, mask=co < COUT, other=0.0)[None, :]
+        z *= load_channels(gamma, channel, COUT, BLOCK_N)
     if RELU:
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if sums is not None:
+        total = channel_sums(tl.where(inside, z, 0.0) if MASKED else z, TN, PIXELS)
+        at = co[:, None] + (n.to(tl.int64) * boxes + place)[None, :] * COUT
+        tl.store(sums + at, total, mask=(co < COUT)[:, None] & (n < N)[None, :])
+    if pooled is not None:
+        quads = z.reshape(BLOCK_N, TN * TH // 2, 2, TW // 2, 2)
+        mean4 = (0.25 * tl.sum(tl.sum(quads, axis=4), axis=2)).reshape(BLOCK_N, TN * PIXELS // 4)
+        store_box(pooled, mean4, image, y0 // 2, x0 // 2, channel, N, H // 2, W // 2, COUT,
+                  TN, TH // 2, TW // 2, BLOCK_N, DESCRIPTORS, UPCAST)  # fmt: skip
     if r_out is not None:
         store_box(r_out, z, image, y0, x0, channel, N, H, W, COUT, TN, TH, TW,
                   BLOCK_N, DESCRIPTORS, UPCAST)  # fmt: skip
-    if sums is not None:
-        kept = tl.where(inside, z, 0.0) if MASKED else z
-        total = tl.sum(kept.reshape(TN, PIXELS, BLOCK_N), axis=1)
-        n = image + tl.arange(0, TN)
-        at = (n.to(tl.int64) * (across * down) + place)[:, None] * COUT + co[None, :]
-        tl.store(sums + at, total, mask=(n < N)[:, None] & (co < COUT)[None, :])
-    if pooled is not None:
-        quads = z.reshape(TN * TH // 2, 2, TW // 2, 2, BLOCK_N)
-        mean4 = (0.25 * tl.sum(tl.sum(quads, axis=3), axis=1)).reshape(TN * PIXELS // 4, BLOCK_N)
-        store_box(pooled, mean4, image, y0 // 2, x0 // 2, channel, N, H // 2, W // 2, COUT,
-                  TN, TH // 2, TW // 2, BLOCK_N, DESCRIPTORS, UPCAST)  # fmt: skip
 
 
 def pack_weight(weight: Tensor, split: int | None, dtype: torch.dtype) -> Tensor:
@@ -429,7 +397,6 @@ def constants(
         BLOCK_K=t.block_k,
         MASKED=H % t.rows != 0 or W % t.columns != 0 or c_out % t.block_n != 0,
         RELU=relu,
-        WEIGHTS_ON_M=t.weights_on_m,
         DESCRIPTORS=t.descriptors,
         PRECISION=precision,
         UPCAST=dtype == torch.bfloat16 and interpreted(),  # its bf16 products are wrong

@@ -28,7 +28,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     descriptors: bool  # operands through the tensor copy engine (sm_90), or through pointers
-    weights_on_m: bool  # output channels are the rows of the matrix product, pixels its columns
 
 
 class Row(NamedTuple):
@@ -40,20 +39,18 @@ class Row(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    weights_on_m: bool = False
 
 
 # 3×3 convolution: (kind) -> rows by falling number of output channels
 CONV: dict[str, tuple[Row, ...]] = {
-    # sm_90, tensor descriptors, bf16
+    # sm_90, tensor descriptors, 16-bit. Channels are the rows of the products, pixels the columns:
+    # m64n256 reads 80 bytes of shared memory a clock, m64n128 96, m64n64 all 128 that there are.
     "sm_90 descriptors": (
-        # 128×256: 1024 clocks for 48 KB, the most that two warpgroups can accumulate
-        Row(256, 128, 256, 64, 8, 4),
-        # 256×128: the same ratio with all channels in one block
+        # 48 KB per 1024 clocks, the most that two warpgroups can accumulate; 4 steps in flight
         Row(128, 256, 128, 64, 8, 4),
-        # 64 channels: m64n64 products would read shared memory at its full rate; with the channels as
-        # rows they are m64n256, and 256 pixels share the weights
-        Row(64, 256, 64, 64, 4, 3, weights_on_m=True),
+        # 40 KB per 512 clocks: bound by L2. Two programs share a multiprocessor (2 steps in flight
+        # each), so that one's epilogue, long beside nine steps, runs under the other's products.
+        Row(64, 256, 64, 64, 8, 2),
         # fewer: bound by the loads whatever the shape
         Row(1, 128, 32, 64, 4, 4),
     ),
@@ -115,4 +112,4 @@ def tile(
     block_n = min(row.block_n, max(16, power_of_two(c_out)))
     block_k = min(row.block_k, *(padded(c) for c in c_in))
     box = pixel_box(row.pixels, height, width)
-    return Tile(*box, block_n, block_k, row.warps, row.stages, descriptors, row.weights_on_m)
+    return Tile(*box, block_n, block_k, row.warps, row.stages, descriptors)
