@@ -1,19 +1,22 @@
-"""The fused layer (DESIGN: the norm costs nothing): 3×3 convolution, deferred scale, bias, partial statistics,
-gain, ReLU; where wanted the 2×2 mean pool and the sums over space.
+"""The fused layer (DESIGN: the norm costs nothing): 3×3 convolution, deferred scale, bias, partial
+statistics, gain, ReLU; where wanted the 2×2 mean pool and the sums over space.
 
     z = s·conv(r, W) [+ s2·conv(r2, W2)] + b        r_out = ReLU(γ z)        (partials of z)
 
-Layouts: activations (N, H, W, C) dense; weights packed by `pack_weight`: (Cout, K), K = (source, ky, kx, channel),
-channels of a source padded with zeros to `tiles.padded`; s, bias, gamma, statistics and sums fp32.
+Layouts: activations (N, H, W, C) dense; weights packed by `pack_weight`: (Cout, K), K = (source,
+ky, kx, channel), channels of a source padded with zeros to `tiles.padded`; s, bias, gamma,
+statistics and sums fp32.
 
-Tiling: an implicit matrix product. A program owns a box of pixels (images × rows × columns, `tiles.py`) and
-block_n output channels, and walks K in one flat loop: a step loads the box of pixels shifted by (ky, kx), block_k
-channels of it, and the weights of the same step. With descriptors (sm_90) the copy engine does both, and
-fills what lies outside the image with zeros: that is the convolution's padding. Channel blocks of one box are
-neighbours in the grid, so the box comes from L2 the second time.
+Tiling: an implicit matrix product. A program owns a box of pixels (images × rows × columns,
+`tiles.py`) and block_n output channels, and walks K in one flat loop: a step loads the box of
+pixels shifted by (ky, kx), block_k channels of it, and the weights of the same step. With
+descriptors (sm_90) the copy engine does both, and fills what lies outside the image with zeros:
+that is the convolution's padding. Channel blocks of one box are neighbours in the grid, so the box
+comes from L2 the second time.
 
-To move and to do, per image, bf16: 2·H·W·(C1 + C2 + Cout) bytes (the input from memory once; the nine taps
-come from L2) and 18·H·W·(C1 + C2)·Cout operations. Bound on an H200 (790 TFLOP/s, 4.3 TB/s), both of them:
+To move and to do, per image, bf16: 2·H·W·(C1 + C2 + Cout) bytes (the input from memory once; the
+nine taps come from L2) and 18·H·W·(C1 + C2)·Cout operations. Bound on an H200 (790 TFLOP/s, 4.3
+TB/s), both of them:
     64→64 @64×64      1.05 MB  0.24 µs     302 MFLOP  0.38 µs
     128→128 @32×32    0.52 MB  0.12 µs     302 MFLOP  0.38 µs
     256→256 @16×16    0.26 MB  0.06 µs     302 MFLOP  0.38 µs
@@ -29,7 +32,9 @@ import torch
 from torch import Tensor
 
 from . import tiles
+from .box import accumulate, channel_sums, load_channels, per_pixel, store_outputs
 from .support import (
+    DTYPES,
     capability,
     cdiv,
     check,
@@ -38,129 +43,10 @@ from .support import (
     descriptor,
     interpreted,
     jit,
-    round_to_bf16,
     tl,
 )
 
 OP = "fused_layer_fwd"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@jit
-def conv3x3(
-    acc,  # (BLOCK_N, pixels) fp32
-    r,  # (N, H, W, C), descriptor or pointer
-    weight,  # (Cout, K), descriptor or pointer
-    image,
-    y0,
-    x0,
-    channel,
-    N,
-    H,
-    W,
-    K: tl.constexpr,
-    K_START: tl.constexpr,  # where this source begins in K
-    C: tl.constexpr,
-    PADDED: tl.constexpr,
-    COUT: tl.constexpr,
-    TN: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """acc + conv(r, W) of one source, over the program's box of pixels and block of channels."""
-    M: tl.constexpr = TN * TH * TW
-    BLOCKS: tl.constexpr = PADDED // BLOCK_K
-    if not DESCRIPTORS:
-        m = tl.arange(0, M)
-        n, y, x = image + m // (TH * TW), y0 + m // TW % TH, x0 + m % TW
-        k = tl.arange(0, BLOCK_K)
-        co = channel + tl.arange(0, BLOCK_N)
-        # 64 bits for the part that grows with the batch, 32 within the box
-        r += image.to(tl.int64) * H * W * C
-        pixel = ((m // (TH * TW) * H + y) * W + x) * C
-        weight += K_START
-    for i in range(9 * BLOCKS):
-        tap = i // BLOCKS
-        c0 = i % BLOCKS * BLOCK_K
-        dy, dx = tap // 3 - 1, tap % 3 - 1
-        if DESCRIPTORS:
-            a = r.load([image, y0 + dy, x0 + dx, c0]).reshape(M, BLOCK_K)
-            b = weight.load([channel, K_START + i * BLOCK_K])
-        else:
-            inside = (n < N) & (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
-            mask = inside[:, None]
-            if C % BLOCK_K != 0:
-                mask = mask & (c0 + k < C)[None, :]
-            offset = pixel + ((dy * W + dx) * C + c0)
-            a = tl.load(r + offset[:, None] + k[None, :], mask=mask, other=0.0)
-            rows = weight + co[:, None] * K + (i * BLOCK_K + k)[None, :]
-            if COUT % BLOCK_N == 0:
-                b = tl.load(rows)
-            else:
-                b = tl.load(rows, mask=(co < COUT)[:, None], other=0.0)
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(b, a.trans(), acc, input_precision=PRECISION)
-    return acc
-
-
-@jit
-def per_pixel(v, TN: tl.constexpr, PIXELS: tl.constexpr):
-    """A number per image, (TN,), as a factor of (channels, TN·PIXELS)."""
-    return tl.broadcast_to(v[:, None], (TN, PIXELS)).reshape(1, TN * PIXELS)
-
-
-@jit
-def channel_sums(x, TN: tl.constexpr, PIXELS: tl.constexpr):
-    """(channels, TN·PIXELS) -> (channels, TN): sums over each image's pixels."""
-    return tl.sum(x.reshape(x.shape[0], TN, PIXELS), axis=2)
-
-
-@jit
-def load_channels(v, channel, COUT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_N, 1) of a vector over the output channels."""
-    co = channel + tl.arange(0, BLOCK_N)
-    return tl.load(v + co, mask=co < COUT, other=0.0)[:, None]
-
-
-@jit
-def store_box(
-    out,  # (N, H, W, COUT), descriptor or pointer
-    value,  # (BLOCK_N, TN·TH·TW)
-    image,
-    y0,
-    x0,
-    channel,
-    N,
-    H,
-    W,
-    COUT: tl.constexpr,
-    TN: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Write what of the box lies inside the tensor."""
-    if UPCAST:
-        value = round_to_bf16(value)
-    value = value.trans()
-    if DESCRIPTORS:
-        out.store([image, y0, x0, channel], value.to(out.dtype).reshape(TN, TH, TW, BLOCK_N))
-    else:
-        m = tl.arange(0, TN * TH * TW)
-        n, y, x = m // (TH * TW), y0 + m // TW % TH, x0 + m % TW
-        co = channel + tl.arange(0, BLOCK_N)
-        out += image.to(tl.int64) * H * W * COUT
-        mask = ((image + n < N) & (y < H) & (x < W))[:, None] & (co < COUT)[None, :]
-        offset = ((n * H + y) * W + x) * COUT
-        tl.store(out + offset[:, None] + co[None, :], value, mask=mask)
 
 
 @jit
@@ -208,7 +94,7 @@ def fused_layer_fwd_kernel(
     n = image + tl.arange(0, TN)
 
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
-    acc = conv3x3(acc, r, weight, image, y0, x0, channel, N, H, W, K, 0, C1, P1, COUT,
+    acc = accumulate(acc, r, weight, image, y0, x0, channel, N, H, W, 9, K, 0, C1, P1, COUT,
                   TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
     scale = tl.load(s + n, mask=n < N, other=1.0)
     if r2 is not None:
@@ -216,7 +102,7 @@ def fused_layer_fwd_kernel(
         # The bound keeps 0·inf out; beyond it nothing would be left of the second source.
         scale2 = tl.load(s2 + n, mask=n < N, other=1.0)
         acc *= per_pixel(tl.minimum(scale / scale2, 1e30), TN, PIXELS)
-        acc = conv3x3(acc, r2, weight, image, y0, x0, channel, N, H, W, K, 9 * P1, C2, P2, COUT,
+        acc = accumulate(acc, r2, weight, image, y0, x0, channel, N, H, W, 9, K, 9 * P1, C2, P2, COUT,
                       TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
         scale = scale2
 
@@ -244,18 +130,8 @@ def fused_layer_fwd_kernel(
         z *= load_channels(gamma, channel, COUT, BLOCK_N)
     if RELU:
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if sums is not None:
-        total = channel_sums(tl.where(inside, z, 0.0) if MASKED else z, TN, PIXELS)
-        at = co[:, None] + (n.to(tl.int64) * boxes + place)[None, :] * COUT
-        tl.store(sums + at, total, mask=(co < COUT)[:, None] & (n < N)[None, :])
-    if pooled is not None:
-        quads = z.reshape(BLOCK_N, TN * TH // 2, 2, TW // 2, 2)
-        mean4 = (0.25 * tl.sum(tl.sum(quads, axis=4), axis=2)).reshape(BLOCK_N, TN * PIXELS // 4)
-        store_box(pooled, mean4, image, y0 // 2, x0 // 2, channel, N, H // 2, W // 2, COUT,
-                  TN, TH // 2, TW // 2, BLOCK_N, DESCRIPTORS, UPCAST)  # fmt: skip
-    if r_out is not None:
-        store_box(r_out, z, image, y0, x0, channel, N, H, W, COUT, TN, TH, TW,
-                  BLOCK_N, DESCRIPTORS, UPCAST)  # fmt: skip
+    store_outputs(z, r_out, pooled, sums, place, boxes, image, y0, x0, channel, N, H, W, COUT,
+                  TN, TH, TW, BLOCK_N, MASKED, DESCRIPTORS, UPCAST)  # fmt: skip
 
 
 def pack_weight(weight: Tensor, split: int | None, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations and weights
+
 MISSING: str | None
 try:
     import triton

@@ -1,11 +1,11 @@
 """Which tile every kernel uses: one table, the reason beside each row, nothing tuned at run time.
 
-A tile is chosen by layer, image size, dtype and architecture, never by the batch: so the order of every sum,
-and with it every bit of a result, is the same whoever shares the batch.
+A tile is chosen by layer, image size, dtype and architecture, never by the batch: so the order of
+every sum, and with it every bit of a result, is the same whoever shares the batch.
 
-The reasons count per step of BLOCK_K = 64 channels in bf16, for one multiprocessor of an H100/H200: 2048
-multiply-adds a clock, about 32 to 48 bytes a clock from L2. A step of M pixels and N channels takes
-M·N·64/2048 clocks and loads 128·(M + N) bytes. None of it has run on a GPU yet.
+The reasons count per step of BLOCK_K = 64 channels in bf16, for one multiprocessor of an H100/H200:
+2048 multiply-adds a clock, about 32 to 48 bytes a clock from L2. A step of M pixels and N channels
+takes M·N·64/2048 clocks and loads 128·(M + N) bytes. None of it has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -68,6 +68,20 @@ CONV: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+# The first layer: one step, bound by what it writes. Small programs, many to a multiprocessor.
+FIRST = {
+    "sm_90 descriptors": Row(1, 128, 64, 64, 4, 1),
+    "pointers": Row(1, 128, 64, 64, 4, 1),
+    "float32": Row(1, 64, 64, 64, 4, 1),
+}
+
+# The last layer: bound by its loads, 16 KB a step; many programs and steps in flight.
+LAST = {
+    "sm_90 descriptors": Row(1, 128, 16, 64, 4, 4),
+    "pointers": Row(1, 128, 16, 64, 4, 3),
+    "float32": Row(1, 64, 16, 16, 4, 2),
+}
+
 MAX_IMAGES = (
     16  # images per tile, at most: small images must not need a large batch to be efficient
 )
@@ -95,21 +109,45 @@ def pixel_box(pixels: int, height: int, width: int) -> tuple[int, int, int]:
     return box
 
 
-def tile(
-    c_in: tuple[int, ...],
-    c_out: int,
-    height: int,
-    width: int,
-    dtype: torch.dtype,
-    capability: int,
-) -> Tile:
-    """The tile of a 3×3 convolution."""
-    descriptors = dtype.itemsize == 2 and capability >= 90 and describable(dtype, *c_in, c_out)
-    kind = "sm_90 descriptors" if descriptors else "pointers"
+def kind_of(dtype: torch.dtype, capability: int, *channels: int) -> str:
+    """Which rows serve: descriptors need sm_90, 16 bits and channels that the copy engine can address."""
     if dtype == torch.float32:
-        kind = "float32"
-    row = next(row for row in CONV[kind] if c_out >= row.c_out)
-    block_n = min(row.block_n, max(16, power_of_two(c_out)))
+        return "float32"
+    if capability >= 90 and describable(dtype, *channels):
+        return "sm_90 descriptors"
+    return "pointers"
+
+
+def _tile(kind: str, row: Row, channels: int, c_in: tuple[int, ...], H: int, W: int) -> Tile:
+    block_n = min(row.block_n, max(16, power_of_two(channels)))
     block_k = min(row.block_k, *(padded(c) for c in c_in))
-    box = pixel_box(row.pixels, height, width)
-    return Tile(*box, block_n, block_k, row.warps, row.stages, descriptors)
+    box = pixel_box(row.pixels, H, W)
+    return Tile(*box, block_n, block_k, row.warps, row.stages, kind == "sm_90 descriptors")
+
+
+def tile(
+    c_in: tuple[int, ...], c_out: int, H: int, W: int, dtype: torch.dtype, capability: int
+) -> Tile:
+    """Of the fused layer. c_in: the channels of each source."""
+    kind = kind_of(dtype, capability, *c_in, c_out)
+    row = next(row for row in CONV[kind] if c_out >= row.c_out)
+    return _tile(kind, row, c_out, c_in, H, W)
+
+
+def upsample_tile(c: int, c_out: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:
+    """Of the up-sampling: the rows of the products are 2·c_out values (dx, channel)."""
+    kind = kind_of(dtype, capability, c, c_out)
+    row = next(row for row in CONV[kind] if 2 * c_out >= row.c_out)
+    return _tile(kind, row, 2 * c_out, (c,), H, W)
+
+
+def first_tile(c_out: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:
+    """Of the first layer: one step over K, so block_k says nothing; descriptors for what is written."""
+    kind = kind_of(dtype, capability, c_out)
+    return _tile(kind, FIRST[kind], c_out, (64,), H, W)
+
+
+def last_tile(c: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:
+    """Of the last layer: up to 4 output channels, padded to 16."""
+    kind = kind_of(dtype, capability, c)
+    return _tile(kind, LAST[kind], 1, (c,), H, W)

@@ -1,0 +1,329 @@
+"""Compile every Triton kernel in every configuration that the network uses, without a GPU, and look at the code.
+
+    python tools/gpu_static_triton.py [--out benchmarks/results/gpu_static_triton_<version>.md]
+
+The launchers run on CPU tensors with the kernel replaced by a recorder, so that what is compiled is what they launch.
+Fails on register spills, on more shared memory than a block can have, on serialised wgmma, and where a kernel that
+should feed the tensor cores by the copy engine does not. Writes a table (markdown, and the same as JSON beside it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastphi.triton_kernels import first_layer, fused_layer, last_layer, upsample
+
+MODULES = (first_layer, fused_layer, last_layer, upsample)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can have
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+BATCH = 5  # not 1, which Triton would compile in
+CHANNELS = (64, 128, 256, 512)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CPU = torch.device("cpu")
+
+
+def layer(
+    c_in: tuple[int, ...], c_out: int, size: int, dtype=BF16, last: bool = False, **options
+) -> None:
+    """A fused layer; `last`: of its block, with the pooled result and the sums."""
+    r = [torch.empty(BATCH, size, size, c, dtype=dtype) for c in c_in]
+    s = torch.empty(BATCH)
+    weight = torch.empty(c_out, sum(c_in), 3, 3)
+    boxes = fused_layer.sums_per_image(c_in, c_out, size, size, dtype, CPU)
+    slots = fused_layer.partials_per_image(c_in, c_out, size, size, dtype, CPU)
+    if last:
+        options["sums"] = torch.empty(BATCH, boxes, c_out)
+        if size % 2 == 0:
+            options["pooled"] = torch.empty(BATCH, size // 2, size // 2, c_out, dtype=dtype)
+    if len(r) == 2:
+        options |= dict(r2=r[1], s2=s)
+    fused_layer.fused_layer_fwd(
+        r[0],
+        s,
+        fused_layer.pack_weight(weight, c_in[0] if len(c_in) == 2 else None, dtype),
+        torch.empty(c_out),
+        torch.empty(c_out),
+        r_out=torch.empty(BATCH, size, size, c_out, dtype=dtype),
+        partials=torch.empty(BATCH, slots, 3),
+        **options,
+    )
+
+
+def up(c: int, c_out: int, size: int, dtype=BF16, bias: bool = False) -> None:
+    upsample.upsample_fwd(
+        torch.empty(BATCH, size, size, c, dtype=dtype),
+        torch.empty(BATCH) if bias else None,
+        upsample.pack_upsample_weight(torch.empty(c, c_out, 2, 2), dtype),
+        torch.empty(c_out) if bias else None,
+        torch.empty(BATCH, 2 * size, 2 * size, c_out, dtype=dtype),
+    )
+
+
+def first(c: int, c_out: int, size: int, dtype=BF16, pooled: bool = False) -> None:
+    boxes = first_layer.sums_per_image(c_out, size, size, dtype, CPU)
+    half = (BATCH, size // 2, size // 2, c_out)
+    first_layer.first_layer_fwd(
+        torch.empty(BATCH, size, size, c, dtype=dtype),
+        first_layer.pack_first_weight(torch.empty(c_out, c, 3, 3), dtype),
+        torch.empty(c_out),
+        torch.empty(BATCH, size, size, c_out, dtype=dtype),
+        pooled=torch.empty(half, dtype=dtype) if pooled else None,
+        sums=torch.empty(BATCH, boxes, c_out) if pooled else None,
+    )
+
+
+def last(c: int, c_out: int, size: int, dtype=BF16, residual: bool = False) -> None:
+    last_layer.last_layer_fwd(
+        torch.empty(BATCH, size, size, c, dtype=dtype),
+        torch.empty(BATCH),
+        fused_layer.pack_weight(torch.empty(c_out, c, 3, 3), None, dtype),
+        torch.empty(c_out),
+        torch.empty(BATCH, c_out, size, size),
+        image=torch.empty(BATCH, c_out, size, size),
+        residual=residual,
+    )
+
+
+Case = tuple[str, Callable[[], None]]
+
+
+def network(size: int) -> Iterator[Case]:
+    """Every distinct layer of the full network on size×size images, in bf16."""
+    c0 = CHANNELS[0]
+    yield f"first 3→{c0} @{size}", lambda: first(3, c0, size)
+    before = c0
+    for depth, c in enumerate(CHANNELS):
+        at = size >> depth
+        if c != before:
+            yield f"{before}→{c} @{at}", lambda b=before, c=c, at=at: layer((b,), c, at)
+        yield f"{c}→{c} @{at}, sums, pool", lambda c=c, at=at: layer((c,), c, at, last=True)
+        if c != CHANNELS[-1]:
+            yield f"{c}→{c} @{at}", lambda c=c, at=at: layer((c,), c, at)
+            yield f"{c}+{c}→{c} @{at}", lambda c=c, at=at: layer((c, c), c, at)
+            yield f"up {2 * c}→{c} @{at // 2}", lambda c=c, at=at: up(2 * c, c, at // 2)
+        before = c
+    yield f"up {2 * c0}→{c0} with bias", lambda: up(2 * c0, c0, size // 2, bias=True)
+    yield f"last {c0}→3 @{size}", lambda: last(c0, 3, size)
+    yield f"last {c0}→3 @{size}, residual", lambda: last(c0, 3, size, residual=True)
+
+
+def others() -> Iterator[Case]:
+    """The other rows of the tables: few channels, odd channels, fp16, fp32."""
+    for c in (16, 32):
+        yield f"{c}→{c} @32", lambda c=c: layer((c,), c, 32, last=True)
+    yield "fp16 128→128 @32", lambda: layer((128,), 128, 32, FP16)
+    for c_in, c_out in (((12,), 20), ((20,), 36), ((36,), 52), ((52, 52), 132)):
+        name = "+".join(map(str, c_in)) + f"→{c_out} @20"
+        yield name, lambda i=c_in, o=c_out: layer(i, o, 20, last=True)
+    yield "up 36→20 @10", lambda: up(36, 20, 10)
+    yield "first 1→20 @20, pool", lambda: first(1, 20, 20, pooled=True)
+    yield "first 4→64 @64, pool", lambda: first(4, 64, 64, pooled=True)
+    yield "last 20→1 @20", lambda: last(20, 1, 20)
+    for precision in ("ieee", "tf32"):
+        for c in (32, 64):
+            yield (
+                f"fp32 {precision} {c}+{c}→{c} @32",
+                lambda c=c, p=precision: layer((c, c), c, 32, FP32, last=True, precision=p),
+            )
+    yield "fp32 up 64→32", lambda: up(64, 32, 16, FP32)
+    yield "fp32 first 3→64", lambda: first(3, 64, 64, FP32, pooled=True)
+    yield "fp32 last 64→3", lambda: last(64, 3, 64, FP32)
+
+
+class Recorder:
+    """Stands for a kernel: keeps what it would be launched with."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.calls = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.calls.append((self.kernel, args, constants))
+
+
+def record(launch: Callable[[], None], capability: int):
+    """(kernel, arguments, compile-time arguments) of the one kernel that `launch` launches."""
+    recorders = []
+    with mock.patch.multiple(fused_layer, capability=lambda device: capability):
+        patches = []
+        for module in MODULES:
+            name = f"{module.OP}_kernel"
+            recorders.append(Recorder(getattr(module, name)))
+            changes = {"capability": lambda device: capability, "check_can_run": lambda *a: None}
+            patches.append(mock.patch.multiple(module, **{name: recorders[-1]}, **changes))
+        for patch in patches:
+            patch.start()
+        try:
+            launch()
+        finally:
+            for patch in patches:
+                patch.stop()
+    (call,) = [call for recorder in recorders for call in recorder.calls]
+    return call
+
+
+def source(kernel, args, constants) -> tuple[ASTSource, dict]:
+    """What Triton's launcher would compile for these arguments, and its options."""
+    constants = dict(constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    signature, attributes = {}, {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if value is None:
+            signature[name], constants[name] = "constexpr", None
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    for name in kernel.arg_names:
+        signature.setdefault(name, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def inspect(name: str, call, capability: int) -> dict:
+    """Compile one launch and read its code."""
+    kernel, _, constants = call
+    src, options = source(*call)
+    compiled = triton.compile(src, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, text = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        text.write_text(ptx)
+        arch = "sm_90a" if capability == 90 else f"sm_{capability}"
+        usage = _run("cuobjdump", "-res-usage", cubin)
+        verbose = _run("ptxas", "-v", f"--gpu-name={arch}", text, "-o", Path(folder, "again"))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", verbose)))
+    t = constants
+    return {
+        "kernel": kernel.__name__,
+        "case": name,
+        "arch": arch,
+        "tile": f"{t['TN']}×{t['TH']}×{t['TW']} × {t['BLOCK_N']}, k {t.get('BLOCK_K', t.get('K'))}",
+        "warps": options["num_warps"],
+        "stages": options["num_stages"],
+        "registers": registers,
+        "spill_bytes": spills + stack,
+        "shared": compiled.metadata.shared,
+        "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+)k", ptx))),
+        "serialised": "wgmma" in verbose and "serialized" in verbose,
+        "mma": ptx.count("mma.sync"),
+        "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
+        "tma_stores": len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.global", ptx)),
+        "descriptors": bool(t["DESCRIPTORS"]),
+    }
+
+
+def _run(program: str, *args) -> str:
+    done = subprocess.run([BIN / program, *map(str, args)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{program} failed: {done.stderr.strip()}")
+    return done.stdout + done.stderr
+
+
+def faults(row: dict) -> list[str]:
+    """What is wrong with a kernel's code."""
+    found = []
+    limit = SHARED_LIMIT[90 if row["arch"] == "sm_90a" else 80]
+    if row["spill_bytes"]:
+        found.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared"] > limit:
+        found.append(f"{row['shared']} bytes of shared memory, at most {limit}")
+    if row["serialised"]:
+        found.append("serialised wgmma")
+    wide = row["descriptors"] and int(row["tile"].split("× ")[1].split(",")[0]) >= 64
+    if wide and not row["wgmma"]:
+        found.append("no wgmma")
+    if row["descriptors"] and row["tma_loads"] + row["tma_stores"] == 0:
+        found.append("no tensor copies")
+    return [f"{row['kernel']}, {row['case']}, {row['arch']}: {what}" for what in found]
+
+
+def collect() -> list[dict]:
+    """A row per distinct kernel; cases that compile to the same one are named together."""
+    rows: dict[str, dict] = {}
+    cases = [*network(64), *network(80), *others()]
+    for capability in (90, 80):
+        for name, launch in cases:
+            call = record(launch, capability)
+            src, options = source(*call)
+            key = f"{capability} {src.hash()} {options}"
+            if key in rows:
+                if name not in rows[key]["case"].split("; "):
+                    rows[key]["case"] += f"; {name}"
+                continue
+            rows[key] = inspect(name, call, capability)
+            print(f"  {rows[key]['arch']} {name}: {rows[key]['registers']} registers", flush=True)
+    return list(rows.values())
+
+
+COLUMNS = ("arch", "case", "tile", "warps", "stages", "registers", "shared", "spill_bytes",
+           "wgmma", "mma", "tma_loads", "tma_stores")  # fmt: skip
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [
+        f"# Triton {triton.__version__}, compiled without a GPU",
+        "",
+        "Registers per thread, shared memory per block in bytes; tile: images × rows × columns of pixels"
+        " × output channels; wgmma and the copy engine (tma) as they stand in the PTX. Nothing here was"
+        " run. Written by tools/gpu_static_triton.py.",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        lines += [
+            "",
+            f"## {kernel}",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|---" * len(COLUMNS) + "|",
+        ]
+        for row in rows:
+            if row["kernel"] == kernel:
+                cells = [", ".join(v) if isinstance(v := row[c], list) else str(v) for c in COLUMNS]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def run(out: Path) -> list[str]:
+    """Compile everything, write the table to `out` (and .json beside it); what is wrong."""
+    rows = collect()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(markdown(rows))
+    out.with_suffix(".json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    return [fault for row in rows for fault in faults(row)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    default = Path(f"benchmarks/results/gpu_static_triton_{triton.__version__}.md")
+    parser.add_argument("--out", type=Path, default=default)
+    out = parser.parse_args().out
+    wrong = run(out)
+    print(f"wrote {out}")
+    if wrong:
+        sys.exit("\n".join(["Triton kernels whose code is not as it should be:", *wrong]))
+
+
+if __name__ == "__main__":
+    main()
