@@ -34,5 +34,11 @@ Tensor pack_conv_weights(Tensor weight, int64_t first, int64_t last, bool transp
 Tensor pack_upsample_weights(Tensor weight);
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width);
+void combine_stats(Tensor partials, double eps, Tensor s);
+void combine_means(Tensor sums, Tensor s, int64_t pixels, Tensor means);
+void noisy_image(Tensor images, OptionalTensor rows, Tensor sigma, int64_t seed, Tensor sample,
+                 int64_t stream, Tensor draw, Tensor out);
+void image_to_nhwc(Tensor image, Tensor out);
+void image_to_nchw(Tensor image, Tensor out);
 
 }  // namespace fastphi

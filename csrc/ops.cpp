@@ -1,6 +1,6 @@
 // Every operator of fastphi. Activations are NHWC and dense, (N, H, W, C), with one scalar per
 // image beside them: the true activation is s * r. float32 and float64. What each computes: the
-// file of its name in cpu/.
+// file of its name in cpu/, or in cuda/ for those that the GPU has too (cuda/operators.cpp).
 #include "cpu/isa.h"
 #include "operators.h"
 
@@ -48,6 +48,17 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "float eps, Tensor[] packed, Tensor[] packed_t, float lr, float tolerance, int start, int "
       "steps) -> ()");
   m.def("build_info() -> str");
+
+  // The GPU engine's, into buffers that are there: nothing is allocated, no data is read on the
+  // host. The CPU has them too, to the same bits, so that the engine can be rehearsed there.
+  m.def("combine_stats(Tensor partials, float eps, Tensor(a!) s) -> ()");
+  m.def("combine_means(Tensor sums, Tensor s, int pixels, Tensor(a!) means) -> ()");
+  m.def(
+      "noisy_image(Tensor images, Tensor? rows, Tensor sigma, int seed, Tensor sample, int stream, "
+      "Tensor draw, Tensor(a!) out) -> ()");
+  m.def("image_to_nhwc(Tensor image, Tensor(a!) out) -> ()");
+  m.def("image_to_nchw(Tensor image, Tensor(a!) out) -> ()");
+  m.def("cuda_build_info() -> str");
 }
 
 namespace fastphi {
@@ -80,6 +91,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("unet_fwd", TORCH_BOX(&unet_fwd));
   m.impl("match_steps", TORCH_BOX(&match_steps));
   m.impl("noise_normal", TORCH_BOX(&noise_normal));
+  m.impl("combine_stats", TORCH_BOX(&combine_stats));
+  m.impl("combine_means", TORCH_BOX(&combine_means));
+  m.impl("noisy_image", TORCH_BOX(&noisy_image));
+  m.impl("image_to_nhwc", TORCH_BOX(&image_to_nhwc));
+  m.impl("image_to_nchw", TORCH_BOX(&image_to_nchw));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastphi, CompositeExplicitAutograd, m) {

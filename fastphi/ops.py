@@ -5,14 +5,18 @@ beside them: the true activation is s·r. That defers the norm's division by the
 which commutes with everything up to the next norm (csrc/README.md): the norm costs no pass over the
 data.
 
-Without the compiled library the package imports all the same; `missing()` then says why, and each
+The GPU engine's operators (combine_stats ... image_to_nchw) are of another kind: float32 and bfloat16,
+into buffers that are there, so that a graph can be captured, and without gradients. A second
+library, fastphi/_cuda, has them for CUDA tensors; the first has them for the CPU, to the same bits.
+
+Without a compiled library the package imports all the same; `missing()` then says why, and each
 op raises that.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,17 +24,24 @@ from torch import Tensor
 from fastphi import op_rules
 
 
-def _load() -> str | None:
-    """Loads the shared object beside this file; the reason where that fails."""
-    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
+def _load(name: str) -> str | None:
+    """Loads a shared object beside this file; the reason where that fails."""
+    found = sorted(Path(__file__).parent.glob(f"{name}*.so"))
     how = "build it with: pip install --no-build-isolation -e ."
     if not found:
-        return f"the compiled library (fastphi/_cpu*.so) is not there; {how}"
+        return f"the compiled library (fastphi/{name}*.so) is not there; {how}"
     try:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
         return f"{found[0].name} does not load ({str(error).splitlines()[0]}); {how}"
     return None
+
+
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    reason = _load("_cuda")
+    return reason and f"{reason}, where nvcc and a CUDA torch are found"
 
 
 def _check_isa() -> str | None:
@@ -42,18 +53,21 @@ def _check_isa() -> str | None:
     return None
 
 
-_missing = _load()
+_missing = _load("_cpu")
+_missing_cuda = _missing or _load_cuda()
 _wrong_isa = _check_isa() if _missing is None else None
 
 
-def missing() -> str | None:
-    """Why the compiled operators cannot be used, or None.
+def missing(library: Literal["cpu", "cuda"] = "cpu") -> str | None:
+    """Why the compiled operators of a library cannot be used, or None.
+
+    "cuda" asks whether it was built and loads; whether there is a GPU is another question.
 
     Raises ValueError where FASTPHI_ISA asks for an instruction set that is unknown or not there.
     """
     if _wrong_isa is not None:
         raise ValueError(_wrong_isa)
-    return _missing
+    return _missing if library == "cpu" else _missing_cuda
 
 
 def _op(name: str) -> Any:
@@ -102,7 +116,11 @@ def avg_pool(r: Tensor) -> Tensor:
 
 
 def spatial_mean(r: Tensor) -> Tensor:
-    """Mean over the image per channel: (N, H, W, C) -> (N, C); rows are added in double."""
+    """Mean over the image per channel: (N, H, W, C) -> (N, C), in the dtype of `r`.
+
+    CPU: float32 or float64, rows are added in double. CUDA: float32 or bfloat16, added in float32
+    in a fixed tree; no gradient.
+    """
     return _op("spatial_mean_fwd")(r.contiguous())
 
 
@@ -111,9 +129,62 @@ def noise_normal(
 ) -> Tensor:
     """Standard normal noise from counters: (N, C, H, W) float32 (see `fastphi.noise.normal`).
 
-    sample, draw: (N,) int64 in [0, 2^32); stream in [0, 2^32); seed: 64 bits.
+    sample, draw: (N,) int64 in [0, 2^32), on the CPU or a GPU; stream in [0, 2^32); seed: 64 bits,
+    with sign. A number beyond is an error; in CUDA's `sample` and `draw`, which cannot be looked at
+    without waiting for the GPU, its low 32 bits count instead.
     """
     return _op("noise_normal")(seed, sample, stream, draw, channels, height, width)
+
+
+def combine_stats(partials: Tensor, eps: float, s: Tensor) -> None:
+    """Partial statistics to the scalar of the deferred norm: s[n] = 1/(std + eps).
+
+    partials: (N, T, 3) float32, (count, mean, sum of squared deviations M2) of T parts of an image;
+    s: (N,) float32, written. The std is that of all parts together, biased. The order of the sums
+    depends on T alone: the same bits in every batch.
+    """
+    _op("combine_stats")(partials, eps, s)
+
+
+def combine_means(sums: Tensor, s: Tensor, pixels: int, means: Tensor) -> None:
+    """Sums over parts of an image to channel means: means[n, c] = s[n] Σ_t sums[n, t, c] / pixels.
+
+    sums: (N, T, C) float32; s: (N,) float32; pixels: H·W; means: (N, C) float32, written.
+    """
+    _op("combine_means")(sums, s, pixels, means)
+
+
+def noisy_image(
+    images: Tensor,
+    rows: Tensor | None,
+    sigma: Tensor,
+    seed: int,
+    sample: Tensor,
+    stream: int,
+    draw: Tensor,
+    out: Tensor,
+) -> None:
+    """Images with noise, in the engine's layout: out[i] = clean[rows[i]] + sigma[i] z_i.
+
+    images: (M, H, W, C) uint8, levels of 255, or (M, C, H, W) float32; rows: (N,) int64, or None
+    for every image in its place; sigma: (N,) float32; out: (N, H, W, C) float32 or bfloat16,
+    written. z_i is the noise of `noise_normal` (which see for seed, sample, stream, draw). In
+    float32 the bits are those of clean + sigma * z, rounded after each of the two; σ = 0 adds
+    nothing; bfloat16 rounds that to nearest even.
+
+    A row that is not there is an error; on CUDA, where rows cannot be looked at, NaN instead.
+    """
+    _op("noisy_image")(images, rows, sigma, seed, sample, stream, draw, out)
+
+
+def image_to_nhwc(image: Tensor, out: Tensor) -> None:
+    """(N, C, H, W) uint8 (levels of 255), float32 or bfloat16 -> (N, H, W, C) float32 or bfloat16."""
+    _op("image_to_nhwc")(image, out)
+
+
+def image_to_nchw(image: Tensor, out: Tensor) -> None:
+    """(N, H, W, C) uint8 (levels of 255), float32 or bfloat16 -> (N, C, H, W) float32 or bfloat16."""
+    _op("image_to_nchw")(image, out)
 
 
 if _missing is None:

@@ -1,95 +1,26 @@
-// Counter-based standard normal noise: Philox4x32-10 with key = seed and counter = (element / 4,
-// draw, stream, sample), then Box-Muller in float32 with every operation rounded on its own, so
-// that every device gives the same bits (definition: fastphi/reference.py, noise_normal). This file
-// is compiled with -ffp-contract=off.
-#include <cmath>
-#include <cstring>
-
+// Counter-based standard normal noise, (N, C, H, W): ../noise.h, one image per (sample, draw).
+#include "../arguments.h"
+#include "../noise.h"
 #include "../operators.h"
-#include "kernels.h"
 #include "launch.h"
 
 namespace fastphi {
 
-namespace {
-
-struct Words {
-  uint32_t x[4];
-};
-
-Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  return {{c0, c1, c2, c3}};
-}
-
-template <class To, class From>
-To bits(From x) {
-  To y;
-  static_assert(sizeof x == sizeof y);
-  std::memcpy(&y, &x, sizeof y);
-  return y;
-}
-
-// Two words to two normals.
-void box_muller(uint32_t xa, uint32_t xb, float* z) {
-  const float u = static_cast<float>(2 * (xa >> 9) + 1) * 0x1p-24f;
-  const int32_t i = bits<int32_t>(u),
-                e = (i - 0x3f3504f3) >> 23;  // u = m 2^e with m in [sqrt(1/2), sqrt(2))
-  const float m = bits<float>(i - static_cast<int32_t>(static_cast<uint32_t>(e) << 23));
-  const float s = (m - 1.0f) / (m + 1.0f), w = s * s;
-  const float p =
-      (((float(2.0 / 9) * w + float(2.0 / 7)) * w + float(2.0 / 5)) * w + float(2.0 / 3)) * w;
-  const float log_u = static_cast<float>(e) * 0.693147180559945309f + (2.0f * s + s * p);
-  const float r = std::sqrt(-2.0f * log_u);
-  const uint32_t octant = xb >> 29;
-  const float a =
-      static_cast<float>(2 * ((xb >> 6) & 0x7fffff) + 1) * float(0.78539816339744830962 * 0x1p-24);
-  const float q = a * a;
-  const float sn =
-      a * (1.0f + q * (float(-1.0 / 6) + q * (float(1.0 / 120) +
-                                              q * (float(-1.0 / 5040) + q * float(1.0 / 362880)))));
-  const float cs =
-      1.0f + q * (float(-1.0 / 2) +
-                  q * (float(1.0 / 24) + q * (float(-1.0 / 720) + q * float(1.0 / 40320))));
-  const float c = octant & 1 ? sn : cs, d = octant & 1 ? cs : sn;
-  z[0] = r * (octant & 2 ? -c : c);
-  z[1] = r * (octant & 4 ? -d : d);
-}
-
-}  // namespace
-
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width) {
-  for (const auto& [t, name] : {std::pair{&sample, "sample"}, std::pair{&draw, "draw"}})
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->dim() == 1 && t->is_contiguous(),
-                    name, ": expected a contiguous int64 tensor (N,), got shape ",
-                    text(shape_of(*t)));
+  check_noise_normal(Device::CPU, sample, stream, draw, channels, height, width);
+  check_words(sample, "sample"), check_words(draw, "draw");
   const i64 n = sample.numel(), size = channels * height * width, blocks = (size + 3) / 4;
-  STD_TORCH_CHECK(draw.numel() == n, "draw: expected ", n, " numbers like sample, got ",
-                  draw.numel());
-  STD_TORCH_CHECK(channels > 0 && height > 0 && width > 0,
-                  "channels, height, width: expected positive sizes");
   Tensor out = torch::stable::empty({n, channels, height, width}, ScalarType::Float);
   float* to = mutable_data<float>(out);
   const int64_t *samples = data<int64_t>(sample), *draws = data<int64_t>(draw);
   parallel(n * blocks, 100, [&](i64 begin, i64 end) {
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 i = unit / blocks, block = unit % blocks;
-      const Words x = philox(static_cast<uint64_t>(seed), static_cast<uint32_t>(block),
-                             static_cast<uint32_t>(draws[i]), static_cast<uint32_t>(stream),
-                             static_cast<uint32_t>(samples[i]));
       float z[4];
-      box_muller(x.x[0], x.x[1], z);
-      box_muller(x.x[2], x.x[3], z + 2);
+      four_normals({static_cast<uint64_t>(seed), static_cast<uint32_t>(draws[i]),
+                    static_cast<uint32_t>(stream), static_cast<uint32_t>(samples[i])},
+                   static_cast<uint32_t>(block), z);
       std::memcpy(to + i * size + 4 * block, z, std::min<i64>(4, size - 4 * block) * sizeof(float));
     }
   });

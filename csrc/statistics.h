@@ -1,0 +1,54 @@
+// Partial statistics and sums, and the order in which they are merged: lane l takes the partial
+// results l, l + LANES, l + 2 LANES, ... one after another, then lanes are merged in halves (l with
+// l + LANES/2, and so on). The order hangs on the number of partial results of one image only, so
+// an image's result has the same bits in every batch, on every run, on the CPU and on the GPU
+// (compiled without contraction, as noise.h).
+#pragma once
+
+#include <cmath>
+
+#include "portable.h"
+
+namespace fastphi {
+
+constexpr int STATS_LANES = 128;  // a thread block; 64x64 images in tiles of 128 pixels have 32
+constexpr int MEANS_LANES = 8;    // a thread block is 32 channels times these
+
+// Of `count` values: their mean and the sum of their squared deviations from it.
+struct Moments {
+  float count, mean, m2;
+};
+
+// Of both sets of values. Nothing is lost where the mean is large against the spread, as it would
+// be by sums of squares.
+FASTPHI_INLINE Moments merge(const Moments& a, const Moments& b) {
+  if (b.count == 0.0f) return a;
+  if (a.count == 0.0f) return b;
+  const float count = a.count + b.count, share = b.count / count, delta = b.mean - a.mean;
+  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
+}
+
+// The scalar of the deferred norm: 1/(std + eps), the std over all values, biased.
+FASTPHI_INLINE float inverse_std(const Moments& all, float eps) {
+  return 1.0f / (sqrtf(all.m2 / all.count) + eps);
+}
+
+// s * sum / pixels; the sum is divided first, as s may be very small or large.
+FASTPHI_INLINE float scaled_mean(float sum, float pixels, float s) { return s * (sum / pixels); }
+
+// One lane's share of the partial results of one image: (slots, 3) of count, mean, m2.
+FASTPHI_INLINE Moments merge_lane(const float* partials, int slots, int lane) {
+  Moments m = {0, 0, 0};
+  for (int t = lane; t < slots; t += STATS_LANES)
+    m = merge(m, {partials[3 * t], partials[3 * t + 1], partials[3 * t + 2]});
+  return m;
+}
+
+// One lane's share of the sums of one channel of one image: (slots, channels), at a channel.
+FASTPHI_INLINE float sum_lane(const float* sums, int slots, int channels, int lane) {
+  float sum = 0;
+  for (int t = lane; t < slots; t += MEANS_LANES) sum += sums[static_cast<i64>(t) * channels];
+  return sum;
+}
+
+}  // namespace fastphi
