@@ -1,10 +1,11 @@
-"""Compile every Triton kernel in every configuration that the network uses, without a GPU, and look at the code.
+"""Compile every Triton kernel in every configuration that the network uses, without a GPU.
 
     python tools/gpu_static_triton.py [--out benchmarks/results/gpu_static_triton_<version>.md]
 
-The launchers run on CPU tensors with the kernel replaced by a recorder, so that what is compiled is what they launch.
-Fails on register spills, on more shared memory than a block can have, on serialised wgmma, and where a kernel that
-should feed the tensor cores by the copy engine does not. Writes a table (markdown, and the same as JSON beside it).
+The launchers run on CPU tensors with the kernel replaced by a recorder, so that what is compiled is
+what they launch. Fails on register spills, on more shared memory than a block can have, on
+serialised wgmma, and where a kernel that should feed the tensor cores by the copy engine does not.
+Writes a table (markdown, and the same as JSON beside it).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from unittest import mock
 
 import torch
 import triton
+from fastphi.triton_kernels import first_layer, fused_layer, last_layer, upsample
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from fastphi.triton_kernels import first_layer, fused_layer, last_layer, upsample
 
 MODULES = (first_layer, fused_layer, last_layer, upsample)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can have
@@ -179,7 +180,9 @@ def record(launch: Callable[[], None], capability: int):
 def source(kernel, args, constants) -> tuple[ASTSource, dict]:
     """What Triton's launcher would compile for these arguments, and its options."""
     constants = dict(constants)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    options = {
+        name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")
+    }
     signature, attributes = {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if value is None:
@@ -211,8 +214,15 @@ def inspect(name: str, call, capability: int) -> dict:
         cubin.write_bytes(compiled.asm["cubin"])
         text.write_text(ptx)
         arch = "sm_90a" if capability == 90 else f"sm_{capability}"
-        usage = _run("cuobjdump", "-res-usage", cubin)
-        verbose = _run("ptxas", "-v", f"--gpu-name={arch}", text, "-o", Path(folder, "again"))
+        usage = _run(BIN / "cuobjdump", "-res-usage", cubin)
+        verbose = _run(
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={arch}",
+            text,
+            "-o",
+            Path(folder, "again"),
+        )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", verbose)))
     t = constants
@@ -235,8 +245,8 @@ def inspect(name: str, call, capability: int) -> dict:
     }
 
 
-def _run(program: str, *args) -> str:
-    done = subprocess.run([BIN / program, *map(str, args)], capture_output=True, text=True)
+def _run(program: str | Path, *args) -> str:
+    done = subprocess.run([program, *map(str, args)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{program} failed: {done.stderr.strip()}")
     return done.stdout + done.stderr

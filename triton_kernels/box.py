@@ -30,6 +30,7 @@ def accumulate(
     C: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,  # of the weights: output channels
+    MASK_ROWS: tl.constexpr,  # some blocks of rows reach beyond them
     TN: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
@@ -39,7 +40,7 @@ def accumulate(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """acc + conv(r, W) of one source: a block of the weights' rows by the box of pixels; one loop over K."""
+    """acc + conv(r, W) of one source: a block of the weights' rows by the box; one loop over K."""
     M: tl.constexpr = TN * TH * TW
     BLOCKS: tl.constexpr = PADDED // BLOCK_K
     if not DESCRIPTORS:
@@ -64,15 +65,12 @@ def accumulate(
         else:
             inside = (n < N) & (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
             mask = inside[:, None]
-            if C % BLOCK_K != 0:
+            if C != PADDED:
                 mask = mask & (c0 + k < C)[None, :]
             offset = pixel + ((dy * W + dx) * C + c0)
             a = tl.load(r + offset[:, None] + k[None, :], mask=mask, other=0.0)
             at = weight + row_k * K + (i * BLOCK_K + k)[None, :]
-            if ROWS % BLOCK_N == 0:
-                b = tl.load(at)
-            else:
-                b = tl.load(at, mask=row_k < ROWS, other=0.0)
+            b = tl.load(at, mask=row_k < ROWS, other=0.0) if MASK_ROWS else tl.load(at)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(b, a.trans(), acc, input_precision=PRECISION)

@@ -197,6 +197,5 @@ def constants(
         DESCRIPTORS=t.descriptors,
         PRECISION=precision,
         UPCAST=dtype == torch.bfloat16 and interpreted(),
-        num_warps=t.warps,
-        num_stages=t.stages,
+        **t.options(),
     )

@@ -94,16 +94,18 @@ def fused_layer_fwd_kernel(
     n = image + tl.arange(0, TN)
 
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
-    acc = accumulate(acc, r, weight, image, y0, x0, channel, N, H, W, 9, K, 0, C1, P1, COUT,
-                  TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
+    acc = accumulate(acc, r, weight, image, y0, x0, channel, N, H, W, 9, K, 0, C1, P1,
+                     COUT, COUT % BLOCK_N != 0, TN, TH, TW, BLOCK_N, BLOCK_K,
+                     DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
     scale = tl.load(s + n, mask=n < N, other=1.0)
     if r2 is not None:
         # The first source is brought to the second's scale, so that the rest can be added to it.
         # The bound keeps 0·inf out; beyond it nothing would be left of the second source.
         scale2 = tl.load(s2 + n, mask=n < N, other=1.0)
         acc *= per_pixel(tl.minimum(scale / scale2, 1e30), TN, PIXELS)
-        acc = accumulate(acc, r2, weight, image, y0, x0, channel, N, H, W, 9, K, 9 * P1, C2, P2, COUT,
-                      TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
+        acc = accumulate(acc, r2, weight, image, y0, x0, channel, N, H, W, 9, K, 9 * P1, C2, P2,
+                         COUT, COUT % BLOCK_N != 0, TN, TH, TW, BLOCK_N, BLOCK_K,
+                         DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
         scale = scale2
 
     z = acc * per_pixel(scale, TN, PIXELS)
@@ -276,6 +278,5 @@ def constants(
         DESCRIPTORS=t.descriptors,
         PRECISION=precision,
         UPCAST=dtype == torch.bfloat16 and interpreted(),  # its bf16 products are wrong
-        num_warps=t.warps,
-        num_stages=t.stages,
+        **t.options(),
     )

@@ -71,7 +71,7 @@ def last_layer_fwd_kernel(
     y0, x0 = place // across * TH, place % across * TW
 
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
-    acc = accumulate(acc, r, weight, image, y0, x0, 0, N, H, W, 9, 9 * P, 0, C, P, COUT,
+    acc = accumulate(acc, r, weight, image, y0, x0, 0, N, H, W, 9, 9 * P, 0, C, P, COUT, True,
                      TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
     n = image + tl.arange(0, TN)
     value = acc * per_pixel(tl.load(s + n, mask=n < N, other=1.0), TN, PIXELS)
@@ -152,6 +152,5 @@ def constants(
         DESCRIPTORS=t.descriptors,
         PRECISION=precision,
         UPCAST=dtype == torch.bfloat16 and interpreted(),
-        num_warps=t.warps,
-        num_stages=t.stages,
+        **t.options(),
     )

@@ -29,6 +29,10 @@ class Tile(NamedTuple):
     stages: int
     descriptors: bool  # operands through the tensor copy engine (sm_90), or through pointers
 
+    def options(self) -> dict[str, int | bool]:
+        """What Triton's compiler is told; products and sums are fused, whatever its default."""
+        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+
 
 class Row(NamedTuple):
     """A row of the table: from this many output channels on."""

@@ -82,7 +82,8 @@ def upsample_fwd_kernel(
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
     # rows beyond this dy's belong to the other one, or are masked: they are not written
     acc = accumulate(acc, r, weight, image, y0, x0, dy * 2 * COUT + column, N, H, W, 1, P, 0, C, P,
-                     4 * COUT, TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
+                     4 * COUT, 2 * COUT % BLOCK_N != 0, TN, TH, TW, BLOCK_N, BLOCK_K,
+                     DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
     j = column + tl.arange(0, BLOCK_N)
     if bias is not None:
         n = image + tl.arange(0, TN)
@@ -169,6 +170,5 @@ def constants(
         DESCRIPTORS=t.descriptors,
         PRECISION=precision,
         UPCAST=dtype == torch.bfloat16 and interpreted(),
-        num_warps=t.warps,
-        num_stages=t.stages,
+        **t.options(),
     )

@@ -1,0 +1,86 @@
+"""Shared by the tests of the Triton kernels: where they run, inputs, and how close is close.
+
+With a GPU they run on it. Without one they run in Triton's interpreter, which must be asked for before
+Triton is imported: test_triton_interpreter.py starts a process for that, and here they are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+
+# Largest error over the largest value. Stored results: half a unit in the last place, and what the sums'
+# order makes of fp32. Statistics and sums are not rounded to the dtype: the same inputs, summed in fp32;
+# tensor cores keep fewer bits of what they align than fp32 addition does.
+STORED = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
+SUMMED = 2e-6 if INTERPRETED else 2e-5
+
+
+def skip_reason() -> str | None:
+    """Why the kernels cannot be tested at all, or None."""
+    if importlib.util.find_spec("fastphi.triton_kernels") is None:
+        return "fastphi.triton_kernels is not installed (pip install -e . maps it)"
+    from fastphi.triton_kernels import missing
+
+    return missing()
+
+
+def need_kernels() -> None:
+    """At the top of a test module: skip it where its kernels cannot run in this process."""
+    if (reason := skip_reason()) is not None:
+        pytest.skip(reason, allow_module_level=True)
+    if DEVICE.type == "cpu" and not INTERPRETED:
+        reason = "no GPU: test_triton_interpreter.py runs this in Triton's interpreter"
+        pytest.skip(reason, allow_module_level=True)
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    """Normal, float64, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def scalars(seed: int, n: int, scale: float = 1.0) -> Tensor:
+    """Positive numbers of very different size, fp32 on the device."""
+    return (scale * random(seed, n).exp()).float().to(DEVICE)
+
+
+def guarded(x: Tensor) -> Tensor:
+    """On the device, dense, with NaN in the memory before and behind it: a read beyond shows."""
+    guard = 4096
+    memory = poisoned(x.numel() + 2 * guard, dtype=x.dtype)
+    inside = memory[guard : guard + x.numel()].view(x.shape)
+    return inside.copy_(x)
+
+
+def nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return guarded(x.to(dtype).permute(0, 2, 3, 1))
+
+
+def nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2).cpu()
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a launcher must overwrite everywhere."""
+    return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    got = got.double().cpu()
+    assert got.shape == want.shape
+    error = ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+    assert error <= tolerance, f"{error:.2e} > {tolerance:.0e}"
+
+
+def per_image(s: Tensor) -> Tensor:
+    return s.double().cpu()[:, None, None, None]
