@@ -1,16 +1,46 @@
-"""Builds fastphi/_cpu: one shared object of torch operators on the LibTorch stable ABI.
+"""Builds fastphi/_cpu, and fastphi/_cuda where a CUDA toolkit and a torch with CUDA are found.
 
-It has no Python in it, so one build serves every Python and every torch from 2.10 on.
+Shared objects of torch operators on the LibTorch stable ABI, with no Python in them: one build serves
+every Python and every torch from 2.10 on. Whether there is a GPU does not matter. Environment:
+    FASTPHI_CUDA=auto|0|1           1: without a toolkit the build fails, saying why
+    CUDA_HOME                       the toolkit, where it is not the one of nvcc on the PATH
+    TORCH_CUDA_ARCH_LIST, MAX_JOBS  torch's own
 """
 
+import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
+
+def toolkit():
+    """The folder of the CUDA toolkit, or None."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return os.environ[name]
+    nvcc = shutil.which("nvcc")  # may be a link, or a script that calls the one in the toolkit
+    homes = [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1]] if nvcc else []
+    for home in (*homes, Path("/usr/local/cuda")):
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return str(home)
+    return None
+
+
+CUDA_HOME = toolkit()
+if CUDA_HOME:
+    os.environ["CUDA_HOME"] = CUDA_HOME  # before torch looks for it, and for where it is a script
+# One GPU for each generation with its own machine code; PTX of the last for what comes after.
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit(
         "fastphi: torch must be there when fastphi is built, and the build must see it.\n"
@@ -46,12 +76,54 @@ SOURCES = [
     "csrc/cpu/unet_fwd.cpp",
     "csrc/cpu/upsample.cpp",
 ]
+CUDA_SOURCES = [
+    "csrc/cuda/operators.cpp",
+    "csrc/cuda/combine.cu",
+    "csrc/cuda/image_layout.cu",
+    "csrc/cuda/noise_normal.cu",
+    "csrc/cuda/noisy_image.cu",
+    "csrc/cuda/spatial_mean.cu",
+]
+# -fmad=false: as -ffp-contract=off, for the same bits as the CPU. The kernels are bound by memory or
+# by integers.
+NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-fPIC"]
+
+
+def why_no_cuda():
+    """Why the CUDA kernels are not built, or None."""
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA"
+    if CUDA_HOME is None:
+        return "no CUDA toolkit was found: put nvcc on the PATH or set CUDA_HOME"
+    nvcc = Path(CUDA_HOME, "bin/nvcc")
+    if not nvcc.exists():
+        return f"CUDA_HOME={CUDA_HOME} has no bin/nvcc"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if not found:
+        return f"{nvcc} --version does not say which release it is"
+    if found[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is CUDA {found[1]}.{found[2]}, torch was built with {torch.version.cuda}"
+    return None
+
+
+def with_cuda():
+    wanted = os.environ.get("FASTPHI_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"fastphi: FASTPHI_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    reason = "FASTPHI_CUDA=0" if wanted == "0" else why_no_cuda()
+    if reason and wanted == "1":
+        sys.exit(f"fastphi: FASTPHI_CUDA=1, but {reason}")
+    print(f"fastphi: without the CUDA kernels ({reason})" if reason else "fastphi: with CUDA")
+    return reason is None
 
 
 class Build(BuildExtension):
     """torch's build, with flags per file: only some files may use AVX-512."""
 
     def build_extension(self, ext):
+        if ext.name != "fastphi._cpu":
+            return super().build_extension(ext)
         compile_all = self.compiler.compile
         flags = ext.extra_compile_args["cxx"]
 
@@ -71,17 +143,34 @@ class Build(BuildExtension):
             self.compiler.compile = compile_all
 
 
-flags = " ".join(FLAGS)
-setup(
-    ext_modules=[
-        CppExtension(
-            "fastphi._cpu",
-            SOURCES + list(FLAGS_OF),
-            depends=sorted(glob("csrc/**/*.h", recursive=True)),
-            extra_compile_args={"cxx": FLAGS + [f'-DFASTPHI_BUILD_FLAGS="{flags}"']},
+def build_flags(flags):
+    return f'-DFASTPHI_BUILD_FLAGS="{" ".join(flags)}"'
+
+
+headers = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+extensions = [
+    CppExtension(
+        "fastphi._cpu",
+        SOURCES + list(FLAGS_OF),
+        depends=headers,
+        extra_compile_args={"cxx": FLAGS + [build_flags(FLAGS)]},
+        py_limited_api=True,
+    )
+]
+if with_cuda():
+    said = build_flags([*NVCC_FLAGS, os.environ["TORCH_CUDA_ARCH_LIST"]])
+    extensions.append(
+        CUDAExtension(
+            "fastphi._cuda",
+            CUDA_SOURCES,
+            depends=headers,
+            # USE_CUDA: torch's headers show the streams only then
+            extra_compile_args={"cxx": [*FLAGS, "-DUSE_CUDA", said], "nvcc": NVCC_FLAGS},
             py_limited_api=True,
         )
-    ],
+    )
+setup(
+    ext_modules=extensions,
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

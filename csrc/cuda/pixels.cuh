@@ -17,6 +17,19 @@ struct Word<16> {
   using type = uint4;
 };
 
+// By name: a plain assignment of a word is taken apart where the compiler knows its elements.
+__device__ __forceinline__ void store_word(void* memory, uint4 w) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(memory)),
+               "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_word(void* memory, uint2 w) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(memory)), "r"(w.x),
+               "r"(w.y)
+               : "memory");
+}
+
 // A run of COUNT elements in registers. Its address in memory must be a multiple of a word.
 template <class T, int COUNT>
 struct Run {
@@ -39,7 +52,8 @@ struct Run {
     W words[BYTES / WORD];
     memcpy(words, x, BYTES);
 #pragma unroll
-    for (int i = 0; i < BYTES / WORD; ++i) reinterpret_cast<W*>(memory)[i] = words[i];
+    for (int i = 0; i < BYTES / WORD; ++i)
+      store_word(memory + i * (COUNT * WORD / BYTES), words[i]);
   }
 };
 
