@@ -178,10 +178,10 @@ def test_values_by_pointers(name, dtype, monkeypatch):
 
 @pytest.mark.parametrize("name", ["two sources", "odd channels"])
 def test_tf32(name):
-    """10 bits of each factor: 1e-3 of a product, less of a sum."""
+    """Each factor cut to 10 bits: up to 2e-3 of a product."""
     x = make(CASES[name], torch.float32)
     y = F.relu(x.gamma.double().cpu()[:, None, None] * oracle(x))
-    close(nchw(launch(x, precision="tf32").r_out), y, 1e-3)
+    close(nchw(launch(x, precision="tf32").r_out), y, 2e-3)
 
 
 @each_dtype

@@ -32,25 +32,25 @@ MODULES = (first_layer, fused_layer, last_layer, upsample)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can have
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-BATCH = 5  # not 1, which Triton would compile in
+BATCH = 5  # not 1, which is compiled in; a case of its own
 CHANNELS = (64, 128, 256, 512)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
 
 
 def layer(
-    c_in: tuple[int, ...], c_out: int, size: int, dtype=BF16, last: bool = False, **options
+    c_in: tuple[int, ...], c_out: int, size: int, dtype=BF16, last=False, n=BATCH, **options
 ) -> None:
     """A fused layer; `last`: of its block, with the pooled result and the sums."""
-    r = [torch.empty(BATCH, size, size, c, dtype=dtype) for c in c_in]
-    s = torch.empty(BATCH)
+    r = [torch.empty(n, size, size, c, dtype=dtype) for c in c_in]
+    s = torch.empty(n)
     weight = torch.empty(c_out, sum(c_in), 3, 3)
     boxes = fused_layer.sums_per_image(c_in, c_out, size, size, dtype, CPU)
     slots = fused_layer.partials_per_image(c_in, c_out, size, size, dtype, CPU)
     if last:
-        options["sums"] = torch.empty(BATCH, boxes, c_out)
+        options["sums"] = torch.empty(n, boxes, c_out)
         if size % 2 == 0:
-            options["pooled"] = torch.empty(BATCH, size // 2, size // 2, c_out, dtype=dtype)
+            options["pooled"] = torch.empty(n, size // 2, size // 2, c_out, dtype=dtype)
     if len(r) == 2:
         options |= dict(r2=r[1], s2=s)
     fused_layer.fused_layer_fwd(
@@ -59,8 +59,8 @@ def layer(
         fused_layer.pack_weight(weight, c_in[0] if len(c_in) == 2 else None, dtype),
         torch.empty(c_out),
         torch.empty(c_out),
-        r_out=torch.empty(BATCH, size, size, c_out, dtype=dtype),
-        partials=torch.empty(BATCH, slots, 3),
+        r_out=torch.empty(n, size, size, c_out, dtype=dtype),
+        partials=torch.empty(n, slots, 3),
         **options,
     )
 
@@ -127,6 +127,8 @@ def others() -> Iterator[Case]:
     """The other rows of the tables: few channels, odd channels, fp16, fp32."""
     for c in (16, 32):
         yield f"{c}→{c} @32", lambda c=c: layer((c,), c, 32, last=True)
+    for c in (16, 20):
+        yield f"{c}→{c}, one image of one pixel", lambda c=c: layer((c,), c, 1, n=1)
     yield "fp16 128→128 @32", lambda: layer((128,), 128, 32, FP16)
     for c_in, c_out in (((12,), 20), ((20,), 36), ((36,), 52), ((52, 52), 132)):
         name = "+".join(map(str, c_in)) + f"→{c_out} @20"
@@ -185,8 +187,8 @@ def source(kernel, args, constants) -> tuple[ASTSource, dict]:
     }
     signature, attributes = {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if value is None:
-            signature[name], constants[name] = "constexpr", None
+        if value is None or (isinstance(value, int) and value == 1):  # as Triton's launcher does
+            signature[name], constants[name] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
             block = ", ".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"

@@ -72,6 +72,14 @@ CONV: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+# The up-sampling: few steps (2 to 8) and much to write, so memory decides. 128×128 leaves room for two
+# programs on a multiprocessor, and one writes while the other computes.
+UPSAMPLE = {
+    "sm_90 descriptors": Row(1, 128, 128, 64, 8, 3),
+    "pointers": Row(1, 128, 128, 32, 8, 3),
+    "float32": Row(1, 64, 64, 16, 4, 2),
+}
+
 # The first layer: one step, bound by what it writes. Small programs, many to a multiprocessor.
 FIRST = {
     "sm_90 descriptors": Row(1, 128, 64, 64, 4, 1),
@@ -141,8 +149,7 @@ def tile(
 def upsample_tile(c: int, c_out: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:
     """Of the up-sampling: the rows of the products are 2·c_out values (dx, channel)."""
     kind = kind_of(dtype, capability, c, c_out)
-    row = next(row for row in CONV[kind] if 2 * c_out >= row.c_out)
-    return _tile(kind, row, 2 * c_out, (c,), H, W)
+    return _tile(kind, UPSAMPLE[kind], 2 * c_out, (c,), H, W)
 
 
 def first_tile(c_out: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:
