@@ -1,6 +1,8 @@
 # make demo   set up, train a small denoiser on real photographs, report in out/demo/report.html
 # make test   set up, run every test
 # make check  set up, linters and types (what CI runs beside the tests)
+# make gpu-static  what can be checked of the GPU engine without a GPU: needs nvcc (CUDA 13), downloads
+#             a torch with CUDA and two Tritons into CACHE (2 GB)
 #
 # Set-up is the project's own virtual environment, .venv, with the compiled extension. Variables:
 #   TORCH=torch==2.13.0  the torch to install      PYTHON=python3  the Python to use
@@ -10,12 +12,14 @@ TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 DATA   ?=
 OUT    ?= out/demo
+CACHE  ?= $(HOME)/.cache/fastphi
 
 VENV := .venv
 BIN  := $(VENV)/bin
+C_FILES := find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test check format wheel doctor clean
+.PHONY: setup demo test check format wheel doctor gpu-static clean
 
 setup: $(VENV)/built
 
@@ -43,19 +47,22 @@ test: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$($(C_FILES))
 	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $$($(C_FILES))
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
 
 doctor: setup
 	$(BIN)/fastphi doctor
+
+gpu-static: setup
+	$(BIN)/python tools/gpu_static.py --cache "$(CACHE)"
 
 clean:
 	rm -rf build dist *.egg-info fastphi/*.so out
