@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
+from fastphi.op_rules_gpu import FAKES, FLOATS, expect_like
+
 
 def _expect(t: Tensor, name: str, shape: tuple[Any, ...], like: Tensor | None = None) -> None:
     """The checks of csrc/common.h, for tensors without data. None in `shape` fits any size."""
@@ -177,7 +179,7 @@ def _avg_pool_bwd_fake(d_out):
 
 def _spatial_mean_fwd_fake(r):
     if r.device.type == "cuda":  # its sums are float32: no float64, and bfloat16 is welcome
-        _expect_like(r, "r", r, _FLOATS, (None,) * 4)
+        expect_like(r, "r", r, FLOATS, (None,) * 4)
     else:
         _expect(r, "r", (None,) * 4)
     return r.new_empty((r.shape[0], r.shape[3]))
@@ -194,80 +196,6 @@ def _spatial_mean_setup(ctx, inputs, output) -> None:
 
 def _spatial_mean_backward(ctx, d_mean):
     return torch.ops.fastphi.spatial_mean_bwd(d_mean.contiguous(), *ctx.size)
-
-
-def _noise_normal_fake(seed, sample, stream, draw, channels, height, width):
-    _expect_like(draw, "draw", sample, (torch.int64,), (sample.shape[0],))
-    _expect_word(stream, "stream")
-    return sample.new_empty((sample.shape[0], channels, height, width), dtype=torch.float32)
-
-
-def _expect_like(
-    t: Tensor, name: str, first: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[Any, ...]
-) -> None:
-    """The checks of csrc/arguments.h, for tensors without data. None in `shape` fits any size but 0."""
-    if t.device != first.device:
-        raise RuntimeError(f"{name}: expected a tensor on {first.device}, got one on {t.device}")
-    if t.dtype not in dtypes:
-        raise RuntimeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}")
-    fits = len(t.shape) == len(shape) and all(
-        have > 0 if want is None else want == have
-        for have, want in zip(t.shape, shape, strict=True)
-    )
-    if not fits:
-        raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
-
-
-def _expect_word(value: Any, name: str) -> None:
-    if not 0 <= value < 1 << 32:
-        raise RuntimeError(f"{name}: expected a number in [0, 2^32), got {value}")
-
-
-_F32 = (torch.float32,)
-_FLOATS = (torch.float32, torch.bfloat16)
-
-
-def _size(t: Tensor, dim: int) -> Any:
-    return t.shape[dim] if t.dim() > dim else 0
-
-
-def _combine_stats_fake(partials, eps, s) -> None:
-    n = _size(partials, 0)
-    _expect_like(partials, "partials", partials, _F32, (n, None, 3))
-    _expect_like(s, "s", partials, _F32, (n,))
-
-
-def _combine_means_fake(sums, s, pixels, means) -> None:
-    n = _size(sums, 0)
-    _expect_like(sums, "sums", sums, _F32, (n, None, None))
-    _expect_like(s, "s", sums, _F32, (n,))
-    _expect_like(means, "means", sums, _F32, (n, sums.shape[2]))
-    if pixels <= 0:
-        raise RuntimeError(f"pixels: expected a positive number, got {pixels}")
-
-
-def _noisy_image_fake(images, rows, sigma, seed, sample, stream, draw, out) -> None:
-    m = _size(images, 0)
-    _expect_like(images, "images", images, (torch.uint8, torch.float32), (m, None, None, None))
-    packed = images.dtype == torch.uint8
-    c, h, w = (images.shape[d] for d in ((3, 1, 2) if packed else (1, 2, 3)))
-    n = m if rows is None else rows.numel()
-    if rows is not None:
-        _expect_like(rows, "rows", images, (torch.int64,), (n,))
-    _expect_like(sigma, "sigma", images, _F32, (n,))
-    _expect_like(sample, "sample", images, (torch.int64,), (n,))
-    _expect_like(draw, "draw", images, (torch.int64,), (n,))
-    _expect_word(stream, "stream")
-    _expect_like(out, "out", images, _FLOATS, (n, h, w, c))
-
-
-def _image_layout_fake(axes: tuple[int, int, int, int]) -> Any:
-    def fake(image, out) -> None:
-        dtypes = (torch.uint8, *_FLOATS)
-        _expect_like(image, "image", image, dtypes, (_size(image, 0), None, None, None))
-        _expect_like(out, "out", image, _FLOATS, tuple(image.shape[axis] for axis in axes))
-
-    return fake
 
 
 def _no_setup(ctx, inputs, output) -> None:
@@ -292,12 +220,7 @@ def register() -> None:
         "avg_pool_bwd": _avg_pool_bwd_fake,
         "spatial_mean_fwd": _spatial_mean_fwd_fake,
         "spatial_mean_bwd": _spatial_mean_bwd_fake,
-        "noise_normal": _noise_normal_fake,
-        "combine_stats": _combine_stats_fake,
-        "combine_means": _combine_means_fake,
-        "noisy_image": _noisy_image_fake,
-        "image_to_nhwc": _image_layout_fake((0, 2, 3, 1)),
-        "image_to_nchw": _image_layout_fake((0, 3, 1, 2)),
+        **FAKES,
     }
     for name, fake in fakes.items():
         register_fake(f"fastphi::{name}", fake)

@@ -1,0 +1,93 @@
+"""What torch is told about the operators that the GPU has too: shapes without data, the same checks
+as csrc/arguments.h. The engine's write into buffers that are there and return nothing; none has a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_F32 = (torch.float32,)
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def expect_like(
+    t: Tensor, name: str, first: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[Any, ...]
+) -> None:
+    """One tensor, where `first` is. None in `shape` fits any size but 0."""
+    if t.device != first.device:
+        raise RuntimeError(f"{name}: expected a tensor on {first.device}, got one on {t.device}")
+    if t.dtype not in dtypes:
+        raise RuntimeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}")
+    fits = len(t.shape) == len(shape) and all(
+        have > 0 if want is None else want == have
+        for have, want in zip(t.shape, shape, strict=True)
+    )
+    if not fits:
+        raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+
+
+def expect_word(value: Any, name: str) -> None:
+    if not 0 <= value < 1 << 32:
+        raise RuntimeError(f"{name}: expected a number in [0, 2^32), got {value}")
+
+
+def _size(t: Tensor, dim: int) -> Any:
+    return t.shape[dim] if t.dim() > dim else 0
+
+
+def _combine_stats_fake(partials, eps, s) -> None:
+    n = _size(partials, 0)
+    expect_like(partials, "partials", partials, _F32, (n, None, 3))
+    expect_like(s, "s", partials, _F32, (n,))
+
+
+def _combine_means_fake(sums, s, pixels, means) -> None:
+    n = _size(sums, 0)
+    expect_like(sums, "sums", sums, _F32, (n, None, None))
+    expect_like(s, "s", sums, _F32, (n,))
+    expect_like(means, "means", sums, _F32, (n, sums.shape[2]))
+    if pixels <= 0:
+        raise RuntimeError(f"pixels: expected a positive number, got {pixels}")
+
+
+def _noisy_image_fake(images, rows, sigma, seed, sample, stream, draw, out) -> None:
+    m = _size(images, 0)
+    expect_like(images, "images", images, (torch.uint8, torch.float32), (m, None, None, None))
+    packed = images.dtype == torch.uint8
+    c, h, w = (images.shape[d] for d in ((3, 1, 2) if packed else (1, 2, 3)))
+    n = m if rows is None else rows.numel()
+    if rows is not None:
+        expect_like(rows, "rows", images, (torch.int64,), (n,))
+    expect_like(sigma, "sigma", images, _F32, (n,))
+    expect_like(sample, "sample", images, (torch.int64,), (n,))
+    expect_like(draw, "draw", images, (torch.int64,), (n,))
+    expect_word(stream, "stream")
+    expect_like(out, "out", images, FLOATS, (n, h, w, c))
+
+
+def _image_layout_fake(axes: tuple[int, int, int, int]) -> Any:
+    def fake(image, out) -> None:
+        dtypes = (torch.uint8, *FLOATS)
+        expect_like(image, "image", image, dtypes, (_size(image, 0), None, None, None))
+        expect_like(out, "out", image, FLOATS, tuple(image.shape[axis] for axis in axes))
+
+    return fake
+
+
+def _noise_normal_fake(seed, sample, stream, draw, channels, height, width):
+    expect_like(draw, "draw", sample, (torch.int64,), (sample.shape[0],))
+    expect_word(stream, "stream")
+    return sample.new_empty((sample.shape[0], channels, height, width), dtype=torch.float32)
+
+
+FAKES: dict[str, Any] = {
+    "combine_stats": _combine_stats_fake,
+    "combine_means": _combine_means_fake,
+    "noisy_image": _noisy_image_fake,
+    "image_to_nhwc": _image_layout_fake((0, 2, 3, 1)),
+    "image_to_nchw": _image_layout_fake((0, 3, 1, 2)),
+    "noise_normal": _noise_normal_fake,
+}
