@@ -2,7 +2,7 @@
 # make test   set up, run every test
 # make check  set up, linters and types (what CI runs beside the tests)
 # make gpu-static  what can be checked of the GPU engine without a GPU: needs nvcc (CUDA 13), downloads
-#             a torch with CUDA and two Tritons into CACHE (2 GB)
+#             a torch with CUDA and two Tritons into CACHE (3 GB)
 #
 # Set-up is the project's own virtual environment, .venv, with the compiled extension. Variables:
 #   TORCH=torch==2.13.0  the torch to install      PYTHON=python3  the Python to use
@@ -16,7 +16,7 @@ CACHE  ?= $(HOME)/.cache/fastphi
 
 VENV := .venv
 BIN  := $(VENV)/bin
-C_FILES := find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+C_FILES := find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: setup demo test check format wheel doctor gpu-static clean

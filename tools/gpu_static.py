@@ -1,13 +1,15 @@
 """What can be checked of the GPU engine without a GPU: make gpu-static.
 
-    python tools/gpu_static.py [--parts kernels link triton] [--cache ~/.cache/fastphi]
+    python tools/gpu_static.py [--parts kernels threads link triton] [--cache ~/.cache/fastphi]
 
 kernels  every csrc/cuda/*.cu through nvcc for sm_80 and sm_90a, warnings as errors; a table of
          registers, shared memory and spills (benchmarks/results/gpu_static_cuda.md). Fails on any
          spill, and where the noise has a fused multiply-add, which would change its bits.
+threads  the same kernels as C++ on the CPU's threads, against the CPU's operators, to the bit
+         (tools/gpu_static_threads.py).
 link     csrc/cuda compiled and linked against a torch with CUDA: the wheel's headers and libraries,
          fetched into the cache (0.5 GB) and unpacked there (1 GB), once.
-triton   tools/gpu_static_triton.py under each of the Triton versions, fetched into the cache.
+triton   tools/gpu_static_triton.py under each of the Triton versions, fetched into the cache (1.6 GB).
 
 Nothing is run on a GPU, so nothing here says anything about speed.
 """
@@ -218,7 +220,7 @@ def check_triton(cache: Path) -> list[str]:
 
 
 def main() -> None:
-    parts = ("kernels", "link", "triton")
+    parts = ("kernels", "threads", "link", "triton")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/fastphi").expanduser())
@@ -234,6 +236,9 @@ def main() -> None:
         compiler, toolkit = nvcc()
         if part == "kernels":
             wrong += check_kernels(compiler)
+        elif part == "threads":
+            script = ROOT / "tools" / "gpu_static_threads.py"
+            print(run(sys.executable, script, "--toolkit", toolkit), end="")
         else:
             check_link(compiler, toolkit, cache)
     if wrong:

@@ -1,0 +1,212 @@
+"""The CUDA kernels on the CPU's threads, against the CPU's operators, to the bit: no GPU, no speed.
+
+    python tools/gpu_static_threads.py --toolkit /usr/local/cuda
+
+The .cu files are compiled as C++ with tools/cuda_threads.h in place of CUDA's own words. Part of
+make gpu-static; needs a g++ with C++20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastphi import ops
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+TYPES = {torch.uint8: 0, torch.bfloat16: 1, torch.float32: 2}  # Dtype of csrc/pixel.h
+WRAPPERS = """
+using namespace fastphi;
+#define DTYPE(x) static_cast<Dtype>(x)
+extern "C" {
+void noise(i64 n, i64 size, uint64_t seed, const i64* sample, uint32_t stream, const i64* draw,
+           float* out) {
+  launch_noise_normal(n, size, seed, sample, stream, draw, out, nullptr);
+}
+void noisy(i64 n, i64 m, int c, int p, const void* images, const i64* rows, const float* sigma,
+           uint64_t seed, uint32_t stream, const i64* sample, const i64* draw, void* out, int in,
+           int to) {
+  launch_noisy_image({n, m, c, p, images, rows, sigma, seed, stream, sample, draw, out}, DTYPE(in),
+                     DTYPE(to), nullptr);
+}
+void nhwc(i64 n, int c, int p, const void* image, int in, void* out, int to) {
+  launch_image_to_nhwc(n, c, p, image, DTYPE(in), out, DTYPE(to), nullptr);
+}
+void nchw(i64 n, int c, int p, const void* image, int in, void* out, int to) {
+  launch_image_to_nchw(n, c, p, image, DTYPE(in), out, DTYPE(to), nullptr);
+}
+void stats(i64 n, int slots, const float* partials, float eps, float* s) {
+  launch_combine_stats(n, slots, partials, eps, s, nullptr);
+}
+void means(i64 n, int slots, int c, const float* sums, const float* s, float pixels, void* out) {
+  launch_combine_means(n, slots, c, sums, s, pixels, out, Dtype::FLOAT32, nullptr);
+}
+int slots(int pixels, int c) { return spatial_mean_slots(pixels, c); }
+void spatial(i64 n, int pixels, int c, const void* r, int dtype, float* sums, void* out) {
+  launch_spatial_mean_fwd(n, pixels, c, r, DTYPE(dtype), sums, out, nullptr);
+}
+}
+"""
+
+
+def as_cpp(source: str) -> str:
+    """A .cu file without what only nvcc reads."""
+    source = source.replace("extern __shared__ float shared[];", "float* shared = shared_memory;")
+    source = re.sub(r"asm volatile\(.*?\);\n", "store(memory, w);\n", source, flags=re.S)
+    launch = r"([\w:]+(?:<[\w, ]+>)?)\s*<<<(.*?),([^,]*),[^,]*,[^,]*>>>\s*\("
+    source = re.sub(launch, r"LAUNCH((\1), dim3(\2), dim3(\3), ", source, flags=re.S)
+    assert "<<<" not in source and "asm" not in source
+    return source
+
+
+def build(toolkit: Path, folder: Path) -> ctypes.CDLL:
+    """Every kernel in one library, each file in an object of its own, as nvcc has it."""
+    (folder / "cuda").mkdir()
+    for file in [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h"), *CSRC.glob("cuda/*.cu*")]:
+        (folder / file.relative_to(CSRC)).write_text(as_cpp(file.read_text()))
+    (folder / "cuda/wrappers.cu").write_text('#include "launch.h"\n' + WRAPPERS)
+    header = Path(__file__).with_name("cuda_threads.h")
+    command = [
+        *("g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"),
+        *("-I", toolkit / "include", "-include", header, "-x", "c++"),
+        *sorted(folder.glob("cuda/*.cu")), "-o", folder / "threads.so",
+    ]  # fmt: skip
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+    return ctypes.CDLL(str(folder / "threads.so"))
+
+
+def call(function: Any, *arguments: Any) -> Any:
+    """Tensors as pointers, Python's numbers as the 64 bits or the float that they fit."""
+    pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
+    return function(*pointers)
+
+
+def buffer(*shape: int, dtype: torch.dtype = torch.float32, first: int = 0) -> Tensor:
+    """NaN (or 255), from a 64-byte boundary or `first` elements behind one, as a GPU allocates."""
+    count = torch.Size(shape).numel()
+    memory = torch.full(
+        (count + first + 64,), 255 if dtype == torch.uint8 else torch.nan, dtype=dtype
+    )
+    skip = -memory.data_ptr() % 64 // memory.element_size() + first
+    return memory[skip : skip + count].view(shape)
+
+
+def placed(values: Tensor, first: int = 0) -> Tensor:
+    return buffer(*values.shape, dtype=values.dtype, first=first).copy_(values)
+
+
+def same(what: Any, got: Tensor, want: Tensor) -> None:
+    kind = torch.int32 if got.dtype == torch.float32 else torch.int16
+    if not torch.equal(got.view(kind), want.contiguous().view(kind)):
+        sys.exit(f"the kernel and the CPU's operator differ: {what}")
+
+
+SIZES = (
+    (1, 8, 8),
+    (3, 16, 24),
+    (3, 64, 40),
+    (3, 5, 7),
+    (4, 8, 8),
+    (2, 3, 5),
+    (1, 1, 1),
+    (20, 4, 4),
+)
+I64, U64, U32, F32 = ctypes.c_int64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_float
+SEED, STREAM = 2**63 - 5, 2**32 - 1
+SAMPLE, DRAW = torch.tensor([7, 2**32 - 1, 0, 3]), torch.tensor([0, 1, 2**32 - 1, 7])
+ROWS, SIGMA = torch.tensor([2, 0, 2, 1]), torch.tensor([0.0, 0.5, 2.55, 1e-3])
+
+
+def random_pixels(dtype: torch.dtype, *shape: int) -> Tensor:
+    if dtype == torch.uint8:
+        return placed(torch.randint(0, 256, shape).to(dtype))
+    return placed(torch.randn(shape).to(dtype))
+
+
+def check_noise(library: ctypes.CDLL, c: int, h: int, w: int) -> None:
+    out = buffer(4, c, h, w)
+    call(library.noise, I64(4), I64(c * h * w), U64(SEED), SAMPLE, U32(STREAM), DRAW, out)
+    same(("noise_normal", c, h, w), out, ops.noise_normal(SEED, SAMPLE, STREAM, DRAW, c, h, w))
+    for source in (torch.uint8, torch.float32):
+        images = random_pixels(source, 3, *((h, w, c) if source == torch.uint8 else (c, h, w)))
+        for dtype in (torch.float32, torch.bfloat16):
+            want, out = (buffer(4, h, w, c, dtype=dtype) for _ in range(2))
+            ops.noisy_image(images, ROWS, SIGMA, SEED, SAMPLE, STREAM, DRAW, want)
+            call(
+                library.noisy, I64(4), I64(3), c, h * w, images, ROWS, SIGMA, U64(SEED),
+                U32(STREAM), SAMPLE, DRAW, out, TYPES[source], TYPES[dtype],
+            )  # fmt: skip
+            same(("noisy_image", c, h, w, source, dtype), out, want)
+
+
+def check_layouts(library: ctypes.CDLL, c: int, h: int, w: int) -> None:
+    planar, packed = (2, c, h, w), (2, h, w, c)
+    cases = (
+        (library.nhwc, ops.image_to_nhwc, planar, packed),
+        (library.nchw, ops.image_to_nchw, packed, planar),
+    )
+    for function, op, before, after in cases:
+        for source in TYPES:
+            image = random_pixels(source, *before)
+            for dtype in (torch.float32, torch.bfloat16):
+                for first in (0, 1):
+                    want, out = (buffer(*after, dtype=dtype, first=first) for _ in range(2))
+                    op(image, want)
+                    call(function, I64(2), c, h * w, image, TYPES[source], out, TYPES[dtype])
+                    same((op.__name__, c, h, w, source, dtype, first), out, want)
+
+
+def check_combine(library: ctypes.CDLL) -> None:
+    for slots, c in ((1, 3), (2, 100), (31, 33), (32, 64), (33, 1), (127, 5), (129, 5), (300, 2)):
+        partials, sums, s = torch.rand(3, slots, 3) + 0.1, torch.randn(3, slots, c), torch.rand(3)
+        want, out = buffer(3), buffer(3)
+        ops.combine_stats(partials, 1e-5, want)
+        call(library.stats, I64(3), slots, partials, F32(1e-5), out)
+        same(("combine_stats", slots), out, want)
+        want, out = buffer(3, c), buffer(3, c)
+        ops.combine_means(sums, s, 64, want)
+        call(library.means, I64(3), slots, c, sums, s, F32(64), out)
+        same(("combine_means", slots, c), out, want)
+
+
+def check_spatial_mean(library: ctypes.CDLL) -> None:
+    """Against float64: the CPU's operator adds in another order."""
+    shapes = ((35, 3), (1, 17), (32, 48), (64, 512), (9, 2100), (4096, 8), (1600, 1), (400, 36))
+    for pixels, c in shapes:
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)):
+            for first in (0, 1):
+                r = placed(torch.rand(2, pixels, c).to(dtype), first)
+                sums, out = buffer(2, library.slots(pixels, c), c), buffer(2, c, dtype=dtype)
+                call(library.spatial, I64(2), pixels, c, r, TYPES[dtype], sums, out)
+                want = r.double().mean(1)
+                torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--toolkit", type=Path, default=Path("/usr/local/cuda"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(options.toolkit, Path(folder))
+        for size in SIZES:
+            check_noise(library, *size)
+            check_layouts(library, *size)
+        check_combine(library)
+        check_spatial_mean(library)
+    print("  every kernel gives what the CPU's operator gives")
+
+
+if __name__ == "__main__":
+    main()
