@@ -81,6 +81,15 @@ def test_without_bias_or_relu(dtype):
 
 
 @each_dtype
+def test_a_nan_is_not_hidden_and_stays_within_its_reach(dtype):
+    image, weight, bias = make((2, 6, 7, 3, 16), dtype, dtype)
+    image[0, 2, 3, 1] = torch.nan
+    reach = torch.zeros(2, 16, 6, 7, dtype=torch.bool)
+    reach[0, :, 1:4, 2:5] = True
+    assert torch.equal(nchw(launch(image, weight, bias)["r_out"]).isnan(), reach)
+
+
+@each_dtype
 def test_bits_do_not_depend_on_company(dtype):
     image, weight, bias = make((7, 6, 4, 3, 20), dtype, torch.float32)
     whole = launch(image, weight, bias)

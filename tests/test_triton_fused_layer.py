@@ -48,6 +48,7 @@ CASES = {
     "two sources, first far larger": Case(2, 6, 4, (16, 32), 24, (1e2, 1e-9)),
     "two sources, second far larger": Case(2, 4, 6, (16, 16), 40, (1e-9, 1e2)),
     "channels between the steps": Case(2, 4, 4, (48,), 96),
+    "channels padded by a whole step": Case(1, 3, 4, (96,), 32),
     "odd channels": Case(2, 10, 6, (12,), 20),
     "odd channels, two sources": Case(1, 4, 4, (36, 52), 36),
     "one pixel": Case(3, 1, 1, (16,), 16),
@@ -228,10 +229,13 @@ def test_a_large_mean_does_not_cancel():
     assert abs((m2 / n).sqrt() - z.std(correction=0)) <= 2e-4 * z.std(correction=0)
 
 
-def test_a_nan_is_not_hidden():
-    x = make(Case(1, 4, 4, (16,), 16), torch.float16)
-    x.r[0, 1, 1, 3] = torch.nan
-    assert nchw(launch(x).r_out)[0, 3, :3, :3].isnan().all()
+@each_dtype
+def test_a_nan_is_not_hidden_and_stays_within_its_reach(dtype):
+    x = make(Case(2, 5, 6, (16,), 16), dtype)
+    x.r[0, 1, 2, 3] = torch.nan
+    reach = torch.zeros(2, 16, 5, 6, dtype=torch.bool)
+    reach[0, :, 0:3, 1:4] = True
+    assert torch.equal(nchw(launch(x).r_out).isnan(), reach)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs need a GPU")

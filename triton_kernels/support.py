@@ -61,6 +61,11 @@ def check(
     """Dense, of this shape, one of these dtypes, on this device: or an error that says which not."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if tensor[:1].numel() >= 2**31:
+        raise ValueError(
+            f"{op}: {name} has {tensor[:1].numel()} values per image, expected less than 2^31"
+            " (offsets within an image are 32-bit)"
+        )
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         got = str(tensor.dtype).removeprefix("torch.")

@@ -67,8 +67,8 @@ CONV: dict[str, tuple[Row, ...]] = {
     ),
     # fp32, for validation: "ieee" products run on the plain cores from registers
     "float32": (
-        Row(64, 64, 64, 16, 4, 2),
-        Row(1, 64, 32, 16, 4, 2),
+        Row(64, 64, 64, 32, 4, 2),
+        Row(1, 64, 32, 32, 4, 2),
     ),
 }
 
@@ -77,7 +77,7 @@ CONV: dict[str, tuple[Row, ...]] = {
 UPSAMPLE = {
     "sm_90 descriptors": Row(1, 128, 128, 64, 8, 3),
     "pointers": Row(1, 128, 128, 32, 8, 3),
-    "float32": Row(1, 64, 64, 16, 4, 2),
+    "float32": Row(1, 64, 64, 32, 4, 2),
 }
 
 # The first layer: one step, bound by what it writes. Small programs, many to a multiprocessor.
@@ -91,7 +91,7 @@ FIRST = {
 LAST = {
     "sm_90 descriptors": Row(1, 128, 16, 64, 4, 4),
     "pointers": Row(1, 128, 16, 64, 4, 3),
-    "float32": Row(1, 64, 16, 16, 4, 2),
+    "float32": Row(1, 64, 16, 32, 4, 2),
 }
 
 MAX_IMAGES = (
