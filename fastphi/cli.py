@@ -24,7 +24,7 @@ except ModuleNotFoundError:
 from fastphi.train import TrainConfig
 from fastphi.unet import UNetConfig
 
-Backend = Literal["auto", "cpu", "reference"]
+Backend = Literal["auto", "cuda", "cpu", "reference"]
 
 
 def pack(
@@ -92,6 +92,7 @@ def extract(
     batch: int = 64,
     workers: int = 1,
     device: str = "cpu",
+    dtype: Literal["auto", "bfloat16"] = "auto",
     backend: Backend = "auto",
 ) -> None:
     """Extract φ = E_z[ā(x + σz)] of packed images into a φ store (§2.2). Resumes where it stopped.
@@ -108,8 +109,11 @@ def extract(
         batch: images at a time; the result does not depend on it.
         workers: processes; the result does not depend on them.
         device: cpu or cuda.
+        dtype: to compute in: auto is the model's own; bfloat16 is what a GPU is fast in.
         backend: the engine; auto takes the fastest that can serve.
     """
+    import torch
+
     import fastphi
 
     store = fastphi.extract(
@@ -124,6 +128,7 @@ def extract(
         batch=batch,
         workers=workers,
         progress=True,
+        dtype=torch.bfloat16 if dtype == "bfloat16" else None,
     )
     print(f"{out}: phi of {len(store)} images at {len(store.sigmas)} noise level(s)")
 

@@ -71,6 +71,14 @@ class Images:
         """
         return self._read(_indices(indices, len(self)))
 
+    def stored(self, indices: Any) -> Tensor:
+        """The same images as they are kept, for a device that decodes them itself: uint8
+        (n, H, W, C), levels of 255, of a pack; float32 (n, C, H, W) of images in memory."""
+        return self._stored(_indices(indices, len(self)))
+
+    def _stored(self, indices: np.ndarray) -> Tensor:
+        return self._read(indices)
+
     def split(self, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(training, held-out) indices, int64, ascending, disjoint; a function of (N, seed) alone.
 
@@ -144,12 +152,16 @@ class PackedImages(Images):
                 f"pack {self.path}: images.npy has sha256 {found}, expected {self.sha256}"
             )
 
-    def _read(self, indices: np.ndarray) -> Tensor:
+    def _stored(self, indices: np.ndarray) -> Tensor:
         order = np.argsort(indices, kind="stable")  # ascending reads: each page is touched once
         pixels = np.empty((len(indices), *self.images.shape[1:]), np.uint8)
         images = np.asarray(self.images)  # a view: indexing a memmap itself is slow
         for i in order:
             pixels[i] = images[indices[i]]
+        return torch.from_numpy(pixels)
+
+    def _read(self, indices: np.ndarray) -> Tensor:
+        pixels = self._stored(indices).numpy()
         x = np.empty((len(indices), *self.shape), np.float32)
         # NumPy, as this runs in a thread of its own, where torch would start a second set of them.
         np.divide(pixels.transpose(0, 3, 1, 2), np.float32(255), out=x, dtype=np.float32)

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -36,7 +36,8 @@ def report() -> dict[str, Any]:
         "processor": _processor(),
         "gpu": _gpu(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "compiled": {"cpu": _compiled_cpu(), "cuda": "not built: this version has no CUDA engine"},
+        "compiled": {"cpu": _compiled("cpu"), "cuda": _compiled("cuda")},
+        "triton_kernels": _triton_kernels(),
         "engines": [row for device in _devices() for row in _engines(device)],
     }
 
@@ -50,7 +51,8 @@ def text(found: dict[str, Any]) -> str:
     for name, build in found["compiled"].items():
         if isinstance(build, dict):
             build = ", ".join(f"{key} {value}" for key, value in build.items())
-        lines.append(f"  {name:<5} {build}")
+        lines.append(f"  {name:<6} {build}")
+    lines.append(f"  triton {found['triton_kernels']}")
     lines += ["", "Engines (default network; a gradient needed: ops, otherwise: runner)"]
     for row in found["engines"]:
         lines.append(f"  {row['device']:<5} {row['dtype']:<9} -> {row['engine']}")
@@ -62,7 +64,7 @@ def _engines(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for dtype in _DTYPES:
         refused: dict[str, str] = {}
-        for candidate in engine.ENGINES:
+        for candidate in (e for e in engine.ENGINES if e.made_for(device)):
             reason = candidate.refuses(UNetConfig(), device, dtype)
             if reason is None:
                 break
@@ -77,8 +79,19 @@ def _devices() -> list[torch.device]:
     return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
 
 
-def _compiled_cpu() -> Any:
-    return ops.missing() or json.loads(torch.ops.fastphi.build_info())
+def _compiled(library: Literal["cpu", "cuda"]) -> Any:
+    if (reason := ops.missing(library)) is not None:
+        return reason
+    build = torch.ops.fastphi.build_info if library == "cpu" else torch.ops.fastphi.cuda_build_info
+    return json.loads(build())
+
+
+def _triton_kernels() -> str:
+    try:
+        from fastphi import triton_kernels
+    except ImportError:
+        return "not installed with this fastphi: pip install --no-build-isolation -e ."
+    return triton_kernels.missing() or "compiled at first use, for sm_80 and later"
 
 
 def _version(name: str) -> str:

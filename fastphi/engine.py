@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fastphi import cpu, reference
+from fastphi import cpu, gpu, ops, reference
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet, UNetConfig
@@ -48,7 +48,10 @@ class Ops(Protocol):
 
 
 class Runner(Protocol):
-    """A prepared model. Results never depend on who shares the batch. Images are NCHW."""
+    """A prepared model. Results never depend on who shares the batch. Images are NCHW.
+
+    Computes in x's dtype, or autocast's where that is on; in bfloat16, means are float32 all the same.
+    """
 
     def denoise(self, x: Tensor) -> Tensor: ...
     def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]: ...
@@ -66,17 +69,30 @@ class Runner(Protocol):
 class Engine:
     name: str
     what: str
+    device: str | None  # the type of device it is made for; None: any
     ops: Ops
     runner: Callable[[UNet], Runner]
     refuses: Callable[[UNetConfig, torch.device, torch.dtype], str | None]
 
+    def made_for(self, device: torch.device) -> bool:
+        return self.device in (None, device.type)
+
 
 # In order of preference: the first that does not refuse serves.
 ENGINES = (
-    Engine("cpu", "compiled C++ (csrc/cpu)", cpu.CPUOps(), cpu.CPURunner, cpu.refuses),
+    Engine(
+        "cuda",
+        "Triton and CUDA kernels (triton_kernels, csrc/cuda); gradients and matching: plain PyTorch",
+        "cuda",
+        reference.ReferenceOps(),
+        gpu.GPURunner,
+        gpu.refuses,
+    ),
+    Engine("cpu", "compiled C++ (csrc/cpu)", "cpu", cpu.CPUOps(), cpu.CPURunner, cpu.refuses),
     Engine(
         "reference",
         "plain PyTorch",
+        None,
         reference.ReferenceOps(),
         reference.ReferenceRunner,
         lambda config, device, dtype: None,
@@ -104,13 +120,11 @@ def pick(model: UNet, x: Tensor) -> Engine:
     An engine asked for by name that cannot serve raises RuntimeError; under "auto" one log line says
     which path runs and why.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = ops.compute_dtype(x)
     wanted = model.backend if model.backend != "auto" else _environment()
     reasons: list[str] = []
     for engine in ENGINES:
-        if wanted not in ("auto", engine.name):
+        if wanted != engine.name and not (wanted == "auto" and engine.made_for(x.device)):
             continue
         reason = engine.refuses(model.config, x.device, dtype)
         if reason is None:

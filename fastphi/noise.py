@@ -51,6 +51,8 @@ def normal(
             raise ValueError(
                 f"{name}: ids must be in [0, 2^32), got {value.min()} ... {value.max()}"
             )
+    if torch.device(device).type == "cuda" and ops.missing("cuda") is None:
+        sample, draw = sample.to(device), draw.to(device)  # made there, to the same bits
     make = reference.noise_normal if ops.missing() else ops.noise_normal
     return make(seed, sample, stream, draw, *shape).to(device=device, dtype=dtype)
 

@@ -70,6 +70,12 @@ def missing(library: Literal["cpu", "cuda"] = "cpu") -> str | None:
     return _missing if library == "cpu" else _missing_cuda
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: x's own, or autocast's where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def _op(name: str) -> Any:
     if missing() is not None:
         raise RuntimeError(f"fastphi.ops.{name}: {_missing}")

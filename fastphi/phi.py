@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import fastphi
 from fastphi import checkpoint, data, engine, files, noise, processes, validate
@@ -35,6 +37,7 @@ _AUTHORS_LEVELS = "0 10 30 50 70 80 90 100 110 120 150 170 190 220 255 300 400 5
 AUTHORS_SIGMAS = tuple(int(level) / 255 for level in _AUTHORS_LEVELS.split())
 
 _MAX_SIGMA = 1e6
+_ROWS = 4096  # noisy images that the GPU engine is given at a time
 _MAX_DRAWS = (1 << 25) - 1  # see _counters
 
 Means = dict[str, np.ndarray]
@@ -50,6 +53,8 @@ class _Job:
     blocks: tuple[str, ...]
     draws: int
     seed: int
+    dtype: torch.dtype  # computed in
+    on_device: bool  # whether images are decoded and noise is made by the GPU engine
 
 
 def extract(
@@ -65,6 +70,7 @@ def extract(
     workers: int = 1,
     indices: Any = None,
     progress: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> PhiStore:
     """φ of every image at every noise level: the mean of ā(x + σz) over noise draws (§2.2).
 
@@ -78,6 +84,8 @@ def extract(
     batch: images at a time; bounds memory. workers: processes, for a model on the CPU (a script
         then needs the usual `if __name__ == "__main__":`); its threads are divided among them.
     indices: only these images, one row each, in this order; default: all.
+    dtype: to compute in: the model's own (default), or torch.bfloat16, what GPUs are fast in. φ is
+        float32 all the same.
 
     Raises ValueError or TypeError before any work for bad input, or a store in `out` that is of
     another model, data set or setting; FloatingPointError where φ has NaN or Inf.
@@ -85,7 +93,7 @@ def extract(
     validate.integer(draws, "draws", low=1, high=_MAX_DRAWS)
     validate.seed(seed)
     validate.integer(batch, "batch", low=1)
-    job = _job(model, images, indices, blocks, draws, seed)
+    job = _job(model, images, indices, blocks, draws, seed, dtype)
     _check_workers(model, workers)
     levels = _levels(sigmas, model)
     manifest = _manifest(job, levels, None if indices is None else job.indices)
@@ -129,24 +137,70 @@ def _extract_in_memory(
 
 def _chunk(job: _Job, sigma: float, rows: np.ndarray) -> Means:
     """E_z[ā] of some rows: {block: (n, C) float32}; draws are summed in order, in float64."""
-    parameter = next(job.model.parameters())
+    return _checked(_average(job, sigma, rows, _read(job, rows)), job.indices[rows], sigma)
+
+
+def _read(job: _Job, rows: np.ndarray) -> Tensor:
+    """The rows' images, as the engine takes them; a GPU decodes them itself."""
     ids = job.indices[rows]
-    x = job.images.batch(ids).to(parameter.device, parameter.dtype)
+    if not job.on_device:
+        return job.images.batch(ids)
+    return job.images.stored(ids).pin_memory()
+
+
+def _average(job: _Job, sigma: float, rows: np.ndarray, x: Tensor) -> dict[str, Tensor]:
+    parameter = next(job.model.parameters())
     draws = job.draws if sigma > 0 else 1
+    drawn = _drawn_on_device if job.on_device else _drawn
     total: dict[str, Any] = dict.fromkeys(job.blocks, 0)
-    with _plain(x.device):
-        for d in range(draws):
-            noisy = x
-            if sigma > 0:
-                stream, draw = _counters(sigma, d)
-                z = noise.normal(
-                    job.seed, ids, stream, draw, job.images.shape, device=x.device, dtype=x.dtype
-                )
-                noisy = x + sigma * z
-            means = job.model.block_means(noisy, until=job.blocks[-1])
+    with _plain(parameter.device, job.dtype):
+        x = x.to(parameter.device, non_blocking=True)
+        for means in drawn(job, sigma, job.indices[rows], x, draws):
             for block in job.blocks:
                 total[block] = total[block] + means[block].double()
-    found = {block: (t / draws).float().cpu().numpy() for block, t in total.items()}
+        return {block: (t / draws).float() for block, t in total.items()}
+
+
+def _drawn(
+    job: _Job, sigma: float, ids: np.ndarray, x: Tensor, draws: int
+) -> Iterator[dict[str, Tensor]]:
+    """ā of every image, by draw."""
+    x = x.to(next(job.model.parameters()).dtype)
+    for d in range(draws):
+        noisy = x
+        if sigma > 0:
+            stream, draw = _counters(sigma, d)
+            z = noise.normal(
+                job.seed, ids, stream, draw, job.images.shape, device=x.device, dtype=x.dtype
+            )
+            noisy = x + sigma * z
+        yield job.model.block_means(noisy, until=job.blocks[-1])
+
+
+def _drawn_on_device(
+    job: _Job, sigma: float, ids: np.ndarray, x: Tensor, draws: int
+) -> Iterator[dict[str, Tensor]]:
+    """The same with images decoded and noise made on the device, many draws in a batch."""
+    runner: Any = engine.runner(job.model, next(job.model.parameters()))
+    n, device = len(ids), x.device
+    together = min(draws, max(1, _ROWS // n))
+    rows = torch.arange(n, device=device).repeat(together)
+    sample = torch.as_tensor(ids, dtype=torch.int64, device=device).repeat(together)
+    for first in range(0, draws, together):
+        count = min(together, draws - first)
+        stream, start = _counters(sigma, first)
+        draw = start + torch.arange(count, device=device).repeat_interleave(n)
+        part = slice(0, count * n)
+        means = runner.noisy_block_means(
+            x, rows[part], sigma, job.seed, sample[part], stream, draw, until=job.blocks[-1]
+        )
+        yield from (
+            {block: means[block][d * n : d * n + n] for block in job.blocks} for d in range(count)
+        )
+
+
+def _checked(average: dict[str, Tensor], ids: np.ndarray, sigma: float) -> Means:
+    found = {block: values.cpu().numpy() for block, values in average.items()}
     for block, values in found.items():
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
@@ -157,9 +211,10 @@ def _chunk(job: _Job, sigma: float, rows: np.ndarray) -> Means:
 
 
 @contextlib.contextmanager
-def _plain(device: torch.device) -> Iterator[None]:
-    """No gradients, and the model's own dtype: autocast would let results depend on the batch."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+def _plain(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """No gradients, and computing in `dtype`, whatever autocast the caller is in."""
+    low = dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=low):
         yield
 
 
@@ -189,7 +244,7 @@ def _run(
     try:
         done: Iterator[Any]
         if workers == 1:
-            done = ((chunk, _chunk(job, *chunk)) for chunk in chunks)
+            done = _here(job, chunks)
         else:
             done = processes.spread(_chunk, job, chunks, workers)
         for (sigma, rows), means in done:
@@ -197,6 +252,32 @@ def _run(
             bar(len(rows))
     finally:
         bar(None)
+
+
+def _here(job: _Job, chunks: list[Any]) -> Iterator[tuple[Any, Means]]:
+    """Chunks in this process. A GPU is never waited for: while it computes one chunk the next is read
+    and queued, and the one before is written."""
+    if not job.on_device:
+        yield from ((chunk, _chunk(job, *chunk)) for chunk in chunks)
+        return
+    queued: deque[tuple[Any, dict[str, Tensor], torch.cuda.Event]] = deque()
+
+    def finish() -> tuple[Any, Means]:
+        (sigma, rows), average, there = queued.popleft()
+        there.synchronize()
+        return (sigma, rows), _checked(average, job.indices[rows], sigma)
+
+    reader = processes.prefetched(lambda chunk: _read(job, chunk[1]), chunks)
+    with contextlib.closing(reader):
+        for chunk, x in zip(chunks, reader, strict=True):
+            found = _average(job, chunk[0], chunk[1], x)
+            stream = torch.cuda.current_stream(next(iter(found.values())).device)
+            found = {block: v.to("cpu", non_blocking=True) for block, v in found.items()}
+            queued.append((chunk, found, stream.record_event()))
+            if len(queued) > 1:
+                yield finish()
+        while queued:
+            yield finish()
 
 
 def _bar(total: int, progress: bool) -> Callable[[int | None], None]:
@@ -212,7 +293,9 @@ def _bar(total: int, progress: bool) -> Callable[[int | None], None]:
 # --- checks, before any work ----------------------------------------------------------------------
 
 
-def _job(model: UNet, images: Any, indices: Any, blocks: Any, draws: int, seed: int) -> _Job:
+def _job(
+    model: UNet, images: Any, indices: Any, blocks: Any, draws: int, seed: int, dtype: Any
+) -> _Job:
     if not isinstance(model, UNet):
         raise TypeError(f"model: expected a fastphi.UNet, got {type(model).__name__}")
     opened = data.open_images(images)
@@ -230,7 +313,18 @@ def _job(model: UNet, images: Any, indices: Any, blocks: Any, draws: int, seed: 
         validate.choice(block, "blocks", known)
     if not wanted:
         raise ValueError("blocks: expected at least one name")
-    return _Job(model, opened, rows, tuple(b for b in known if b in wanted), draws, seed)
+    own = next(model.parameters()).dtype
+    if dtype not in (None, own, torch.bfloat16):
+        raise ValueError(f"dtype: expected the model's own ({own}) or torch.bfloat16, got {dtype}")
+    names, dtype = tuple(b for b in known if b in wanted), dtype or own
+    on_device = _serving(model, dtype) == "cuda"
+    return _Job(model, opened, rows, names, draws, seed, dtype, on_device)
+
+
+def _serving(model: UNet, dtype: torch.dtype) -> str:
+    parameter = next(model.parameters())
+    with _plain(parameter.device, dtype):
+        return engine.pick(model, parameter).name
 
 
 def _check_workers(model: UNet, workers: int) -> None:
@@ -264,20 +358,18 @@ def _levels(sigmas: Sequence[float] | None, model: UNet) -> tuple[float, ...]:
 
 
 def _manifest(job: _Job, levels: tuple[float, ...], indices: np.ndarray | None) -> dict[str, Any]:
-    config, parameter = job.model.config, next(job.model.parameters())
+    config = job.model.config
     widths = dict(
         zip(config.block_names, (*config.channels, *config.channels[-2:0:-1]), strict=True)
     )
     path = getattr(job.images, "path", None)
-    with _plain(parameter.device):
-        serving = engine.pick(job.model, parameter).name
     return {
         "format": FORMAT,
         "version": VERSION,
         "fastphi": fastphi.__version__,
         "model": checkpoint.fingerprint(job.model),
-        "engine": serving,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "engine": _serving(job.model, job.dtype),
+        "dtype": str(job.dtype).removeprefix("torch."),
         "data": job.images.sha256,
         "data_name": path.name if path else "in memory",
         "rows": len(job.indices),

@@ -1,4 +1,5 @@
-"""Work spread over spawned processes: one state for all, many items, results as they are done."""
+"""Work spread over spawned processes: one state for all, many items, results as they are done. And
+reading ahead, by a thread."""
 
 from __future__ import annotations
 
@@ -8,12 +9,33 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+
+def prefetched(
+    make: Callable[[Any], T], items: Iterable[Any], depth: int = 2
+) -> Generator[T, None, None]:
+    """make(item) of each item in order, by a thread that is up to `depth` items ahead."""
+    ready: deque[futures.Future[T]] = deque()
+    with futures.ThreadPoolExecutor(1, "fastphi-reads-ahead") as thread:
+        try:
+            for item in items:
+                ready.append(thread.submit(make, item))
+                if len(ready) > depth:
+                    yield ready.popleft().result()
+            while ready:
+                yield ready.popleft().result()
+        finally:
+            for future in ready:
+                future.cancel()
 
 
 def spread(

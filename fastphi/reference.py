@@ -37,6 +37,14 @@ def spatial_mean(y: Tensor) -> Tensor:
     return y.mean(dim=(2, 3))
 
 
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def _lowered(h: Tensor, weight: Tensor) -> Tensor:
+    """h in the dtype of low-precision weights: behind a norm it is float32."""
+    return h.to(weight.dtype) if weight.dtype in _LOW else h
+
+
 class ReferenceOps:
     """The ops of the seam (see `fastphi.engine.Ops`) on plain NCHW tensors, any dtype."""
 
@@ -59,15 +67,15 @@ class ReferenceOps:
     ) -> Tensor:
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
-        z = F.conv2d(h, weight, bias, padding=1)
+        z = F.conv2d(_lowered(h, weight), weight, bias, padding=1)
         if gamma is not None:
-            if z.dtype in (torch.bfloat16, torch.float16):
+            if z.dtype in _LOW:
                 z = z.float()  # statistics of low-precision activations are taken in float32
             z = std_norm(z, gamma, eps) if beta is None else layer_norm(z, gamma, beta, eps)
         return F.relu(z) if relu else z
 
     def upsample(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv_transpose2d(h, weight, bias, stride=2)
+        return F.conv_transpose2d(_lowered(h, weight), weight, bias, stride=2)
 
     def pool(self, h: Tensor) -> Tensor:
         return F.avg_pool2d(h, 2)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastphi import data, engine, files, noise, training_folder, validate
+from fastphi import data, engine, files, noise, processes, training_folder, validate
 from fastphi.training_config import TrainConfig
 from fastphi.training_log import Callback, Writer
-from fastphi.training_process import Interrupts, World, deterministic, prefetched
+from fastphi.training_process import Interrupts, World, deterministic
 from fastphi.unet import TrainingInfo, UNet
 
 __all__ = ["TrainConfig", "Trainer", "psnr"]
@@ -151,7 +151,7 @@ class Trainer:
         if self.world.size > 1:
             denoiser = DistributedDataParallel(denoiser)
         writer = Writer(self, callback, progress) if self.world.rank == 0 else None
-        batches = prefetched(self._draw, range(self.step, self.steps))
+        batches = processes.prefetched(self._draw, range(self.step, self.steps))
         try:
             with contextlib.closing(batches):
                 if writer:

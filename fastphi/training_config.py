@@ -84,7 +84,7 @@ class TrainConfig:
     hardware that is bf16 with `compile`, and float32 in the compiled engine without."""
     device: str = "auto"
     """auto (a CUDA device if there is one), cpu, cuda or cuda:N."""
-    backend: Literal["auto", "cpu", "reference"] = "auto"
+    backend: Literal["auto", "cuda", "cpu", "reference"] = "auto"
     """The engine; auto takes the fastest that can serve."""
     compile: bool = False
     """Run the network through torch.compile: the fastest way on a CPU with bf16 in hardware."""

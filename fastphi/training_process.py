@@ -1,4 +1,4 @@
-"""What a training run needs of its processes: interruptions, several of them, reading ahead."""
+"""What a training run needs of its processes: interruptions, several of them, the same bits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -115,24 +113,6 @@ class World:
         if result[1] is not None:
             raise result[1]
         return result[0]
-
-
-def prefetched(
-    make: Callable[[Any], T], items: Iterable[Any], depth: int = 2
-) -> Generator[T, None, None]:
-    """make(item) of each item in order, by a thread that is up to `depth` items ahead."""
-    ready: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(1, "fastphi-batches") as thread:
-        try:
-            for item in items:
-                ready.append(thread.submit(make, item))
-                if len(ready) > depth:
-                    yield ready.popleft().result()
-            while ready:
-                yield ready.popleft().result()
-        finally:
-            for future in ready:
-                future.cancel()
 
 
 @contextlib.contextmanager

@@ -262,8 +262,7 @@ class UNet(nn.Module):
         needed = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
-        tracing = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        return engine.pick(self, x) if needed or tracing else None
+        return engine.pick(self, x) if needed or torch.compiler.is_compiling() else None
 
 
 class Representation(nn.Module):

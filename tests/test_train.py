@@ -22,8 +22,9 @@ import torch
 
 from fastphi import checkpoint, files, noise, reference
 from fastphi.data import MemoryImages
+from fastphi.processes import prefetched
 from fastphi.train import TrainConfig, Trainer, psnr
-from fastphi.training_process import World, prefetched
+from fastphi.training_process import World
 from fastphi.unet import UNet, UNetConfig
 
 NETWORK = UNetConfig(channels=(4, 6), dec_layers=2, mid_layers=2)

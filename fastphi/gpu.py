@@ -1,0 +1,193 @@
+"""The GPU engine: Triton and CUDA kernels (triton_kernels/, csrc/cuda/), one CUDA graph per batch size.
+
+Computes in bfloat16 (tensor cores, sums and statistics in float32), or in float32 with products as
+torch's convolutions make them (`torch.backends.cudnn.allow_tf32`). Gradients are plain PyTorch's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastphi import ops, reference
+from fastphi.gpu_plan import Packed, Plan, widths
+
+if TYPE_CHECKING:
+    from fastphi.unet import UNet, UNetConfig
+
+DTYPES = (torch.bfloat16, torch.float32)
+CHUNK = 256 * 64 * 64  # pixels in one launch: two waves of the smallest level's programs on 132 SMs
+KEPT = 8  # graphs, each with its own memory; the one unused for longest goes first
+
+
+def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the GPU engine cannot serve, or None."""
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type}"
+    if (reason := missing()) is not None:
+        return reason
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than sm_80"
+    return refuses_network(config, dtype)
+
+
+def refuses_network(config: UNetConfig, dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:
+        return f"it computes in bfloat16 and float32, not in {str(dtype).removeprefix('torch.')}"
+    if config.norm != "std":
+        return f"norm {config.norm!r} subtracts a mean inside the ReLU, which cannot be deferred"
+    if config.image_channels > 4:
+        return (
+            f"its first and last layers take at most 4 image channels, not {config.image_channels}"
+        )
+    return None
+
+
+def missing() -> str | None:
+    """What of the engine is not installed, or None."""
+    try:
+        from fastphi import triton_kernels
+    except ImportError:
+        return "fastphi.triton_kernels is not installed: pip install --no-build-isolation -e ."
+    return ops.missing("cuda") or triton_kernels.missing()
+
+
+class GPURunner:
+    """The runner of the seam (`fastphi.engine.Runner`).
+
+    The first call with a batch size compiles and captures; later ones replay. Batches beyond `CHUNK`
+    pixels run in parts. Safe in threads and on any stream. Under autocast it computes in autocast's
+    dtype. Means are float32, images of x's dtype.
+    """
+
+    def __init__(self, model: UNet) -> None:
+        self.model = model
+        self._packed: dict[torch.dtype, Packed] = {}
+        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        with self._lock:
+            for rows, plan in self._parts(x, until=None):
+                ops.image_to_nhwc(x[rows].detach().contiguous(), plan.image)
+                plan.run()
+                if self.model.config.residual:
+                    torch.sub(x[rows], plan.denoised, out=out[rows])
+                else:
+                    out[rows].copy_(plan.denoised)
+                plan.used()
+        return out
+
+    @torch.no_grad()
+    def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]:
+        def fill(rows: slice, image: Tensor) -> None:
+            ops.image_to_nhwc(x[rows].detach().contiguous(), image)
+
+        return self._means(x, until, fill)
+
+    @torch.no_grad()
+    def noisy_block_means(
+        self,
+        images: Tensor,
+        rows: Tensor,
+        sigma: float,
+        seed: int,
+        sample: Tensor,
+        stream: int,
+        draw: Tensor,
+        *,
+        until: str | None = None,
+    ) -> dict[str, Tensor]:
+        """ā of images[rows] + σz, the images decoded and the noise made on the device.
+
+        images: (M, H, W, C) uint8 or (M, C, H, W) float32; rows, sample, draw: (N,) int64 (see
+        `fastphi.ops.noisy_image`).
+        """
+        _, height, width, c = images.shape
+        if images.dtype != torch.uint8:
+            c, height, width = images.shape[1:]
+        # never read: says shape, device and dtype
+        x = torch.empty((), dtype=self._dtype, device=images.device).expand(
+            len(rows), c, height, width
+        )
+        sigmas = torch.full((len(rows),), sigma, dtype=torch.float32, device=images.device)
+
+        def fill(part: slice, image: Tensor) -> None:
+            ops.noisy_image(
+                images, rows[part], sigmas[part], seed, sample[part], stream, draw[part], image
+            )
+
+        return self._means(x, until, fill)
+
+    def match(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return reference.ReferenceRunner(self.model).match(*arguments, **options)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _means(
+        self, x: Tensor, until: str | None, fill: Callable[[slice, Tensor], None]
+    ) -> dict[str, Tensor]:
+        names, width = self.model.config.block_names, widths(self.model.config)
+        names = names[: names.index(until or names[-1]) + 1]
+        out = {
+            b: torch.empty(len(x), width[b], dtype=torch.float32, device=x.device) for b in names
+        }
+        with self._lock:
+            for rows, plan in self._parts(x, until=names[-1]):
+                fill(rows, plan.image)
+                plan.run()
+                for name, mean in out.items():
+                    mean[rows].copy_(plan.means[name])
+                plan.used()
+        return out
+
+    def _parts(self, x: Tensor, until: str | None) -> Any:
+        """(rows, the plan that serves them) of each part of a batch, the device made current."""
+        dtype = ops.compute_dtype(x)
+        most = max(1, CHUNK // (x.shape[2] * x.shape[3]))
+        with torch.cuda.device(x.device if x.is_cuda else -1):
+            packed = self._pack(dtype)
+            for start in range(0, len(x), most):
+                rows = slice(start, min(start + most, len(x)))
+                shape = (rows.stop - start, *x.shape[2:])
+                yield rows, self._plan(shape, packed, x.device, until)
+
+    def _pack(self, dtype: torch.dtype) -> Packed:
+        """The packed weights: made when first needed, made anew in place when a parameter changed."""
+        packed = self._packed.get(dtype)
+        key = Packed.key(self.model)
+        if packed is not None and packed.stamp == key:
+            return packed
+        fresh = Packed(self.model, dtype, key)
+        if packed is not None and packed.fits(fresh):
+            for plan in self._plans.values():
+                plan.wait()
+            packed.overwrite(fresh)  # the graphs hold its addresses
+            return packed
+        self._plans.clear()
+        self._packed = {dtype: fresh} if packed is not None else self._packed | {dtype: fresh}
+        return fresh
+
+    def _plan(
+        self, shape: tuple[int, ...], packed: Packed, device: torch.device, until: str | None
+    ) -> Plan:
+        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        key = (shape, packed.dtype, device, until, precision)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= KEPT:
+                self._plans.popitem(last=False)
+            plan = Plan(self.model.config, packed, shape, device, until, precision)
+            self._plans[key] = plan
+        self._plans.move_to_end(key)
+        plan.wait()
+        return plan

@@ -1,0 +1,270 @@
+"""What the GPU engine prepares (fastphi/gpu.py): a model's weights as the kernels read them, and for
+each batch size the launches of the network, their memory and the graph that replays them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastphi import ops
+
+if TYPE_CHECKING:
+    from fastphi.unet import UNet, UNetConfig
+
+
+class Weights(NamedTuple):
+    """Of one layer: packed weight, in the engine's dtype; bias and gamma (C,) float32, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+
+
+class Packed:
+    """A model's weights as the kernels read them: {"enc1.0": ..., "up3": ..., "dec3.0": ...}."""
+
+    def __init__(self, model: UNet, dtype: torch.dtype, stamp: tuple) -> None:
+        self.dtype, self.stamp = dtype, stamp
+        self.layers = {
+            name: Weights(_pack(name, module.weight, dtype), *_vectors(module))
+            for name, module in model.named_modules()
+            if getattr(module, "weight", None) is not None
+        }
+
+    @staticmethod
+    def key(model: UNet) -> tuple:
+        return tuple(
+            (p.data_ptr(), 0 if p.is_inference() else p._version, p.device, p.dtype)
+            for p in model.parameters()
+        )
+
+    def fits(self, other: Packed) -> bool:
+        """Whether the other's values can be written over these."""
+        return [(t.shape, t.device) for t in self._tensors()] == [
+            (t.shape, t.device) for t in other._tensors()
+        ]
+
+    def overwrite(self, other: Packed) -> None:
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs)
+        self.stamp = other.stamp
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for layer in self.layers.values() for t in layer if t is not None]
+
+
+def _pack(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    from fastphi.triton_kernels import first_layer, fused_layer, upsample
+
+    if name == "enc1.0":
+        return first_layer.pack_first_weight(weight, dtype)
+    if name.startswith("up"):
+        return upsample.pack_upsample_weight(weight, dtype)
+    # a decoder block's first layer reads the up-sampled channels, then the skip's
+    skipped = name.startswith("dec") and name.endswith(".0")
+    return fused_layer.pack_weight(weight, weight.shape[1] // 2 if skipped else None, dtype)
+
+
+def _vectors(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    found = (module.bias, getattr(module, "gamma", None))
+    bias, gamma = (v if v is None else v.detach().to(torch.float32, copy=True) for v in found)
+    return bias, gamma
+
+
+def widths(config: UNetConfig) -> dict[str, int]:
+    return dict(zip(config.block_names, (*config.channels, *config.channels[-2:0:-1]), strict=True))
+
+
+class Plan:
+    """The launches of one batch size, in network order, and the memory that they work in.
+
+    image (N, H, W, C) is what they read; denoised (N, C, H, W) float32, or means {block: (N, C)
+    float32} up to block `until`, what they leave.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        packed: Packed,
+        shape: tuple[int, ...],
+        device: torch.device,
+        until: str | None,
+        precision: str,
+    ) -> None:
+        self.config, self.packed, self.device, self.precision = config, packed, device, precision
+        self.n, height, width = shape
+        self.image = self._new((*shape, config.image_channels), packed.dtype)
+        self.ones = torch.ones(self.n, device=device)
+        self.means: dict[str, Tensor] = {}
+        if until is None:
+            self.denoised = self._new((self.n, config.image_channels, height, width), torch.float32)
+        else:
+            names = config.block_names
+            for name in names[: names.index(until) + 1]:
+                self.means[name] = self._new((self.n, widths(config)[name]), torch.float32)
+        self.launches: list[Callable[[], None]] = []
+        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._network(until)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.done = torch.cuda.Event() if device.type == "cuda" else None
+        if self.done is not None:
+            self._capture()
+
+    # Before and after a use: the memory is one user's at a time, on whichever streams they are.
+
+    def wait(self) -> None:
+        if self.done is not None and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().wait_event(self.done)
+
+    def used(self) -> None:
+        if self.done is not None and not torch.cuda.is_current_stream_capturing():
+            self.done.record()
+
+    def run(self) -> None:
+        if self.graph is None or torch.cuda.is_current_stream_capturing():
+            for launch in self.launches:
+                launch()
+        else:
+            self.graph.replay()
+
+    def _capture(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"fastphi: a batch of shape {tuple(self.image.shape)} (N, H, W, C) is captured in a CUDA"
+                " graph before it ever ran; call the model once with such a batch first"
+            )
+        self.image.zero_()
+        self.run()  # compiles and loads, which a capture must not
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.run()
+        self.graph = graph
+
+    def __del__(self) -> None:
+        if getattr(self, "done", None) is not None:
+            self.done.synchronize()  # type: ignore[union-attr]  # a stream may still work in the memory
+
+    # The network, once.
+
+    def _network(self, until: str | None) -> None:
+        r, s, skips = self.image, self.ones, []
+        for b in range(1, self.config.blocks + 1):
+            r, pooled, s = self._block(f"enc{b}", r, s, pool=until != f"enc{b}", keep=self._decodes)
+            if until == f"enc{b}":
+                return
+            skips.append((r, s))
+            r = pooled
+        r, _, s = self._block("mid", r, s, keep=self._decodes)
+        for b in range(self.config.blocks, 0, -1):
+            if until == "mid" or until == f"dec{b + 1}":
+                return
+            r, s = self._upsample(f"up{b}", r, s)
+            r, _, s = self._block(f"dec{b}", r, s, skip=skips.pop())
+        self._image(r, s)
+
+    @property
+    def _decodes(self) -> bool:
+        return not self.means or any(name.startswith("dec") for name in self.means)
+
+    def _block(
+        self, name: str, r: Any, s: Any, *, skip: Any = None, pool: bool = False, keep: bool = True
+    ) -> tuple[Any, Any, Tensor]:
+        """A block's (output, its 2×2 means, scalars); an output that nobody reads is not written."""
+        names = [key for key in self.packed.layers if key.startswith(f"{name}.")]
+        if name == "dec1":
+            names = names[:-1]  # the last one makes the image
+        pooled = None
+        for i, layer in enumerate(names):
+            end = i == len(names) - 1
+            r, pooled, s = self._layer(
+                layer,
+                r,
+                s,
+                skip if i == 0 else None,
+                keep=keep or not end,
+                pool=pool and end,
+                mean=self.means.get(name) if end else None,
+            )
+        return r, pooled, s
+
+    def _layer(
+        self, name: str, r: Tensor, s: Tensor, skip: Any, *, keep: bool, pool: bool, mean: Any
+    ) -> tuple[Any, Any, Tensor]:
+        from fastphi.triton_kernels import first_layer, fused_layer
+
+        layer = self.packed.layers[name]
+        (n, height, width, c), c_out = r.shape, len(layer.weight)
+        r_out = self._take((n, height, width, c_out)) if keep else None
+        pooled = self._take((n, height // 2, width // 2, c_out)) if pool else None
+        place = (height, width, self.packed.dtype, self.device)
+        options: dict[str, Any] = dict(r_out=r_out, pooled=pooled, precision=self.precision)
+        scratch, s_out = [], self.ones
+        r2, s2 = skip or (None, None)
+        if name == "enc1.0":
+            launch: Any = first_layer.first_layer_fwd
+            inputs: tuple[Any, ...] = (r, layer.weight, layer.bias)
+            parts = first_layer.sums_per_image(c_out, *place)
+        else:
+            launch, inputs = fused_layer.fused_layer_fwd, (r, s, *layer)
+            c_in = (c,) if r2 is None else (c, r2.shape[3])
+            parts = fused_layer.sums_per_image(c_in, c_out, *place)
+            options |= dict(r2=r2, s2=s2)
+            if layer.gamma is not None:
+                t = fused_layer.partials_per_image(c_in, c_out, *place)
+                options["partials"] = self._take((n, t, 3), torch.float32)
+                s_out = self._new((n,), torch.float32)
+        if mean is not None:
+            options["sums"] = self._take((n, parts, c_out), torch.float32)
+        self.launches.append(lambda: launch(*inputs, **options))
+        if (partials := options.get("partials")) is not None:
+            eps = self.config.eps
+            self.launches.append(lambda: ops.combine_stats(partials, eps, s_out))
+        if (sums := options.get("sums")) is not None:
+            self.launches.append(lambda: ops.combine_means(sums, s_out, height * width, mean))
+        scratch += [partials, sums, r2, None if r is self.image else r]
+        self._give(*scratch)
+        return r_out, pooled, s_out
+
+    def _upsample(self, name: str, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        from fastphi.triton_kernels import upsample
+
+        layer = self.packed.layers[name]
+        n, height, width, _ = r.shape
+        out = self._take((n, 2 * height, 2 * width, len(layer.weight) // 4))
+        self.launches.append(
+            lambda: upsample.upsample_fwd(
+                r, s, layer.weight, layer.bias, out, precision=self.precision
+            )
+        )
+        self._give(r)
+        return out, s if layer.bias is None else self.ones  # a bias ends the deferral
+
+    def _image(self, r: Tensor, s: Tensor) -> None:
+        from fastphi.triton_kernels import last_layer
+
+        layer = list(self.packed.layers.values())[-1]
+        self.launches.append(
+            lambda: last_layer.last_layer_fwd(
+                r, s, layer.weight, layer.bias, self.denoised, precision=self.precision
+            )
+        )
+
+    # Memory: what no later launch reads is given back, and taken by the next that needs as much.
+
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _take(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.packed.dtype
+        free = self._free.get((torch.Size(shape).numel(), dtype))
+        return free.pop().view(shape) if free else self._new(shape, dtype)
+
+    def _give(self, *tensors: Tensor | None) -> None:
+        for t in tensors:
+            if t is not None:
+                self._free.setdefault((t.numel(), t.dtype), []).append(t)
