@@ -31,6 +31,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600; an output is an ordinary file
         os.replace(temporary, path)
         sync_directory(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, name):
+            error.filename = str(path)  # the message names the file that was wanted
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -623,3 +623,15 @@ def test_open_images(folder, tmp_path):
         open_images(x * 255)
     with pytest.raises(TypeError, match="images: expected the path of a pack"):
         open_images(3)
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("before")
+    with (
+        pytest.raises(OSError, match=r"No space left.*out\.json'$"),
+        files.atomic_write(path) as temporary,
+    ):
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]

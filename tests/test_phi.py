@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -404,3 +405,27 @@ def test_worker_processes_give_the_same_bits_and_end_with_a_killed_parent(model,
     options = {"sigmas": [0.2, 0.6], "draws": 3}
     store = extract(model, images, folder / "store", workers=2, batch=2, **options)
     same(store, extract(model, images, **options))
+
+
+def test_a_full_disk_is_an_error_before_any_work_and_the_store_goes_on(
+    model, images, tmp_path, monkeypatch
+):
+    out, real = tmp_path / "phi", os.posix_fallocate
+
+    def full(handle, offset, size):
+        if phi_file(0.5, "mid") in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle, offset, size)
+
+    extract(model, images, out, sigmas=[0.1], draws=2)
+    before = np.array(PhiStore(out).array(0.1))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=f"No space left.*{phi_file(0.5, 'mid')}"):
+        extract(model, images, out, sigmas=[0.1, 0.5], draws=2)
+    assert PhiStore(out).sigmas == (0.1,) and not list(out.glob(".*.tmp"))
+    np.testing.assert_array_equal(PhiStore(out).array(0.1), before)
+    monkeypatch.undo()
+    same(
+        extract(model, images, out, sigmas=[0.1, 0.5], draws=2),
+        extract(model, images, sigmas=[0.1, 0.5], draws=2),
+    )
