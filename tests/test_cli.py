@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import fastphi
-from fastphi.cli import COMMANDS, main
+
+pytest.importorskip("tyro")  # the Python API does without
+
+from fastphi.cli import COMMANDS, main  # noqa: E402
 
 TRAIN = "--model.channels 4 8 --model.dec-layers 2 --batch 8".split()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
 import inspect
 import subprocess
 import sys
@@ -77,9 +77,4 @@ def test_import_needs_torch_and_numpy_alone():
 def test_every_module_says_what_it_is_for():
     folder = Path(fastphi.__file__).parent
     for path in sorted(folder.glob("*.py")):
-        if path.stem == "__main__":
-            continue
-        module = importlib.import_module(
-            f"fastphi.{path.stem}" if path.stem != "__init__" else "fastphi"
-        )
-        assert (module.__doc__ or "").strip(), path
+        assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip(), path
