@@ -172,10 +172,13 @@ class GPURunner:
             for plan in self._plans.values():
                 plan.wait()
             packed.overwrite(fresh)  # the graphs hold its addresses
-            return packed
-        self._plans.clear()
-        self._packed = {dtype: fresh} if packed is not None else self._packed | {dtype: fresh}
-        return fresh
+        else:
+            self._plans.clear()
+            self._packed = {dtype: fresh} if packed is not None else self._packed | {dtype: fresh}
+            packed = fresh
+        if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()  # plans on other streams read them next
+        return packed
 
     def _plan(
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, until: str | None
