@@ -28,6 +28,7 @@ _REQUIRED = ("num_kernels", "num_channels", "num_enc_conv", "num_mid_conv", "num
 # What the authors' program takes where an argument is absent, and all that is supported.
 _FIXED = {"inter_skip": True, "dilations": None, "kernel_size": 3, "padding": 1}
 _MAX_ARGUMENTS = 1 << 20  # bytes; a real file has two thousand
+_MAX_SHARED = 16  # references to a list, tuple or dict made before; a real file has one or two
 
 
 def read(folder: Path) -> tuple[UNetConfig, TrainingInfo, dict[str, Tensor]]:
@@ -49,7 +50,7 @@ def read(folder: Path) -> tuple[UNetConfig, TrainingInfo, dict[str, Tensor]]:
 # Opcodes that make plain values. REDUCE calls, but only what find_class gives out. Left out: those
 # that build objects another way or reach outside (INST, OBJ, NEWOBJ, BUILD, PERSID, EXT).
 _PLAIN_OPCODES = frozenset(
-    """PROTO FRAME STOP MARK POP POP_MARK DUP MEMOIZE GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT
+    """PROTO FRAME STOP MARK POP POP_MARK MEMOIZE GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT
     NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
     STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
     BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2
@@ -75,19 +76,37 @@ def _device_name(args: tuple[Any, ...]) -> str:
     return ":".join(map(str, args))
 
 
+def _check_opcodes(content: bytes) -> None:
+    """Before anything is made: plain opcodes only, and nothing small that grows without bound."""
+    containers: set[int] = set()  # places of the memo
+    memoized = shared = 0
+    last = ""
+    for opcode, argument, _ in pickletools.genops(content):
+        name = opcode.name
+        place = int(argument or 0) if name.endswith(("GET", "PUT")) else 0
+        if name not in _PLAIN_OPCODES:
+            raise pickle.UnpicklingError(f"it has the instruction {name}")
+        if "PUT" in name or name == "MEMOIZE":
+            place = memoized if name == "MEMOIZE" else place
+            memoized += 1
+            if place > len(content):  # a memo that long would be made
+                raise pickle.UnpicklingError(f"it has the instruction {name} {place}")
+            if any(kind in last for kind in ("TUPLE", "LIST", "DICT")):
+                containers.add(place)
+        elif "GET" in name and place in containers:
+            shared += 1  # tuples of one tuple twice, and so on: hashing them takes for ever
+            if shared > _MAX_SHARED:
+                raise pickle.UnpicklingError(f"it refers to lists and tuples {shared} times over")
+        last = name
+
+
 def read_arguments(path: Path) -> dict[str, Any]:
     """The pickled dict of plain values (a torch.device comes out as its name)."""
     content = path.read_bytes()
     if len(content) > _MAX_ARGUMENTS:
         raise ValueError(f"{path}: {len(content)} bytes; a file of arguments has a few thousand")
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            if opcode.name not in _PLAIN_OPCODES:
-                raise pickle.UnpicklingError(f"it has the instruction {opcode.name}")
-            if "PUT" in opcode.name and int(argument or 0) > len(
-                content
-            ):  # a memo that long would be made
-                raise pickle.UnpicklingError(f"it has the instruction {opcode.name} {argument}")
+        _check_opcodes(content)
         found = _Unpickler(io.BytesIO(content)).load()
     except pickle.UnpicklingError as error:
         raise ValueError(

@@ -443,7 +443,24 @@ def hostile(trap: str) -> dict:
         "memo bomb": b"\x80\x02}r" + struct.pack("<I", 2**32 - 1) + b".",
         "long string": b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"a.",
         "discarded": b"\x80\x04" + system + short(touch) + b"\x85R0}.",
+        "a key that takes for ever to hash": b"\x80\x02}" + doubled("a") + b"K\x01s.",
+        "a value that takes for ever to print": pickle.dumps({"skip": doubled_list()}, 2),
     }
+
+
+def doubled(leaf: str) -> bytes:
+    """Protocol 2: a tuple of one tuple twice, of one tuple twice, ...: 2^60 leaves to walk."""
+    t: tuple = (leaf,)
+    for _ in range(60):
+        t = (t, t)
+    return pickle.dumps(t, 2)[2:-1]
+
+
+def doubled_list() -> list:
+    t: list = []
+    for _ in range(60):
+        t = [t, t]
+    return t
 
 
 CASES = sorted(hostile("trap"))
