@@ -9,6 +9,8 @@
 #   DATA=folder          the photographs of the demo (default: the two that scikit-learn ships)
 
 TORCH  ?= torch==2.13.0
+# for tests in its interpreter, whose 3.6 needs that numpy
+TRITON ?= 'triton==3.6.0' 'numpy<2.4'
 PYTHON ?= python3
 DATA   ?=
 OUT    ?= out/demo
@@ -28,6 +30,8 @@ $(VENV)/packages: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install -q "$(TORCH)" ninja numpy
+	@# a torch with CUDA has brought its own Triton
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q $(TRITON)
 	$(BIN)/python tools/requirements.py test dev > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install -q -r $(VENV)/requirements.txt
 	@touch $@

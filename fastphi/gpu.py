@@ -1,14 +1,15 @@
 """The GPU engine: Triton and CUDA kernels (triton_kernels/, csrc/cuda/), one CUDA graph per batch size.
 
 Computes in bfloat16 (tensor cores, sums and statistics in float32), or in float32 with products as
-torch's convolutions make them (`torch.backends.cudnn.allow_tf32`). Gradients are plain PyTorch's.
+torch's convolutions make them (`torch.backends.cudnn.conv.fp32_precision`). Gradients are plain PyTorch's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,11 +58,32 @@ def missing() -> str | None:
     return ops.missing("cuda") or triton_kernels.missing()
 
 
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    """Tensors made in here can be written to later, whether the caller is in inference mode or not."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _products(dtype: torch.dtype) -> str:
+    """How torch's convolutions make products of float32: "ieee" or "tf32"."""
+    settings: Any = torch.backends.cudnn  # its allow_tf32 raises where the newer settings are used
+    tf32 = dtype == torch.float32 and settings.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def _put(x: Tensor, image: Tensor) -> None:
+    """x (N, C, H, W), of any floating dtype, into a plan's image (N, H, W, C)."""
+    dtype = x.dtype if x.dtype in DTYPES else torch.float32  # a model of another, under autocast
+    ops.image_to_nhwc(x.detach().to(dtype).contiguous(), image)
+
+
 class GPURunner:
     """The runner of the seam (`fastphi.engine.Runner`).
 
     The first call with a batch size compiles and captures; later ones replay. Batches beyond `CHUNK`
-    pixels run in parts. Safe in threads and on any stream. Under autocast it computes in autocast's
+    pixels run in parts. Safe in threads and on any stream. A call that the caller captures in a graph of
+    their own keeps its memory for as long as the model lives. Under autocast it computes in autocast's
     dtype. Means are float32, images of x's dtype.
     """
 
@@ -76,7 +98,7 @@ class GPURunner:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         with self._lock:
             for rows, plan in self._parts(x, until=None):
-                ops.image_to_nhwc(x[rows].detach().contiguous(), plan.image)
+                _put(x[rows], plan.image)
                 plan.run()
                 if self.model.config.residual:
                     torch.sub(x[rows], plan.denoised, out=out[rows])
@@ -87,10 +109,7 @@ class GPURunner:
 
     @torch.no_grad()
     def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]:
-        def fill(rows: slice, image: Tensor) -> None:
-            ops.image_to_nhwc(x[rows].detach().contiguous(), image)
-
-        return self._means(x, until, fill)
+        return self._means(x, until, lambda rows, image: _put(x[rows], image))
 
     @torch.no_grad()
     def noisy_block_means(
@@ -155,11 +174,14 @@ class GPURunner:
         dtype = ops.compute_dtype(x)
         most = max(1, CHUNK // (x.shape[2] * x.shape[3]))
         with torch.cuda.device(x.device if x.is_cuda else -1):
-            packed = self._pack(dtype)
+            with _lasting():
+                packed = self._pack(dtype)
             for start in range(0, len(x), most):
                 rows = slice(start, min(start + most, len(x)))
                 shape = (rows.stop - start, *x.shape[2:])
-                yield rows, self._plan(shape, packed, x.device, until)
+                with _lasting():
+                    plan = self._plan(shape, packed, x.device, until)
+                yield rows, plan
 
     def _pack(self, dtype: torch.dtype) -> Packed:
         """The packed weights: made when first needed, made anew in place when a parameter changed."""
@@ -183,12 +205,13 @@ class GPURunner:
     def _plan(
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, until: str | None
     ) -> Plan:
-        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        precision = _products(packed.dtype)
         key = (shape, packed.dtype, device, until, precision)
         plan = self._plans.get(key)
         if plan is None:
-            if len(self._plans) >= KEPT:
-                self._plans.popitem(last=False)
+            free = [k for k, p in self._plans.items() if not p.held]
+            if len(free) >= KEPT:
+                del self._plans[free[0]]
             plan = Plan(self.model.config, packed, shape, device, until, precision)
             self._plans[key] = plan
         self._plans.move_to_end(key)

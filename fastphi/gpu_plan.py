@@ -4,6 +4,7 @@ each batch size the launches of the network, their memory and the graph that rep
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,9 @@ from fastphi import ops
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet, UNetConfig
+
+
+_capturing = threading.Lock()  # torch captures with state of the whole process: one at a time
 
 
 class Weights(NamedTuple):
@@ -106,10 +110,12 @@ class Plan:
             names = config.block_names
             for name in names[: names.index(until) + 1]:
                 self.means[name] = self._new((self.n, widths(config)[name]), torch.float32)
+        # what they hold is tensors, not this plan: it must go, with its memory, as soon as it is let go
         self.launches: list[Callable[[], None]] = []
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._network(until)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.held = False  # a graph of the caller's works in the memory too
         self.done = torch.cuda.Event() if device.type == "cuda" else None
         if self.done is not None:
             self._capture()
@@ -121,7 +127,11 @@ class Plan:
             torch.cuda.current_stream().wait_event(self.done)
 
     def used(self) -> None:
-        if self.done is not None and not torch.cuda.is_current_stream_capturing():
+        if self.done is None:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            self.held = True
+        else:
             self.done.record()
 
     def run(self) -> None:
@@ -141,7 +151,9 @@ class Plan:
         self.run()  # compiles and loads, which a capture must not
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # torch's own capture stream is on the device that captured first
+        stream = torch.cuda.Stream(self.device)
+        with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.run()
         self.graph = graph
 
@@ -233,13 +245,11 @@ class Plan:
     def _upsample(self, name: str, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         from fastphi.triton_kernels import upsample
 
-        layer = self.packed.layers[name]
+        layer, precision = self.packed.layers[name], self.precision
         n, height, width, _ = r.shape
         out = self._take((n, 2 * height, 2 * width, len(layer.weight) // 4))
         self.launches.append(
-            lambda: upsample.upsample_fwd(
-                r, s, layer.weight, layer.bias, out, precision=self.precision
-            )
+            lambda: upsample.upsample_fwd(r, s, layer.weight, layer.bias, out, precision=precision)
         )
         self._give(r)
         return out, s if layer.bias is None else self.ones  # a bias ends the deferral
@@ -247,10 +257,11 @@ class Plan:
     def _image(self, r: Tensor, s: Tensor) -> None:
         from fastphi.triton_kernels import last_layer
 
-        layer = list(self.packed.layers.values())[-1]
+        layer, precision = list(self.packed.layers.values())[-1], self.precision
+        out = self.denoised
         self.launches.append(
             lambda: last_layer.last_layer_fwd(
-                r, s, layer.weight, layer.bias, self.denoised, precision=self.precision
+                r, s, layer.weight, layer.bias, out, precision=precision
             )
         )
 

@@ -137,32 +137,37 @@ def _extract_in_memory(
 
 def _chunk(job: _Job, sigma: float, rows: np.ndarray) -> Means:
     """E_z[ā] of some rows: {block: (n, C) float32}; draws are summed in order, in float64."""
-    return _checked(_average(job, sigma, rows, _read(job, rows)), job.indices[rows], sigma)
+    return _checked(_average(job, sigma, *_read(job, rows)), job.indices[rows], sigma)
 
 
-def _read(job: _Job, rows: np.ndarray) -> Tensor:
-    """The rows' images, as the engine takes them; a GPU decodes them itself."""
-    ids = job.indices[rows]
-    if not job.on_device:
-        return job.images.batch(ids)
-    return job.images.stored(ids).pin_memory()
+def _read(job: _Job, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The rows' images, as the engine takes them (a GPU decodes them itself), and their numbers.
+
+    For a GPU in pinned memory: a copy from other memory waits for all that the GPU has to do.
+    """
+    numbers = job.indices[rows]
+    x = job.images.stored(numbers) if job.on_device else job.images.batch(numbers)
+    ids = torch.from_numpy(np.ascontiguousarray(numbers))
+    if next(job.model.parameters()).is_cuda:
+        return x.pin_memory(), ids.pin_memory()
+    return x, ids
 
 
-def _average(job: _Job, sigma: float, rows: np.ndarray, x: Tensor) -> dict[str, Tensor]:
+def _average(job: _Job, sigma: float, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
     parameter = next(job.model.parameters())
     draws = job.draws if sigma > 0 else 1
     drawn = _drawn_on_device if job.on_device else _drawn
     total: dict[str, Any] = dict.fromkeys(job.blocks, 0)
     with _plain(parameter.device, job.dtype):
         x = x.to(parameter.device, non_blocking=True)
-        for means in drawn(job, sigma, job.indices[rows], x, draws):
+        for means in drawn(job, sigma, ids, x, draws):
             for block in job.blocks:
                 total[block] = total[block] + means[block].double()
         return {block: (t / draws).float() for block, t in total.items()}
 
 
 def _drawn(
-    job: _Job, sigma: float, ids: np.ndarray, x: Tensor, draws: int
+    job: _Job, sigma: float, ids: Tensor, x: Tensor, draws: int
 ) -> Iterator[dict[str, Tensor]]:
     """ā of every image, by draw."""
     x = x.to(next(job.model.parameters()).dtype)
@@ -178,14 +183,14 @@ def _drawn(
 
 
 def _drawn_on_device(
-    job: _Job, sigma: float, ids: np.ndarray, x: Tensor, draws: int
+    job: _Job, sigma: float, ids: Tensor, x: Tensor, draws: int
 ) -> Iterator[dict[str, Tensor]]:
     """The same with images decoded and noise made on the device, many draws in a batch."""
     runner: Any = engine.runner(job.model, next(job.model.parameters()))
     n, device = len(ids), x.device
     together = min(draws, max(1, _ROWS // n))
     rows = torch.arange(n, device=device).repeat(together)
-    sample = torch.as_tensor(ids, dtype=torch.int64, device=device).repeat(together)
+    sample = ids.to(device, non_blocking=True).repeat(together)
     for first in range(0, draws, together):
         count = min(together, draws - first)
         stream, start = _counters(sigma, first)
@@ -257,7 +262,7 @@ def _run(
 def _here(job: _Job, chunks: list[Any]) -> Iterator[tuple[Any, Means]]:
     """Chunks in this process. A GPU is never waited for: while it computes one chunk the next is read
     and queued, and the one before is written."""
-    if not job.on_device:
+    if not next(job.model.parameters()).is_cuda:
         yield from ((chunk, _chunk(job, *chunk)) for chunk in chunks)
         return
     queued: deque[tuple[Any, dict[str, Tensor], torch.cuda.Event]] = deque()
@@ -270,7 +275,7 @@ def _here(job: _Job, chunks: list[Any]) -> Iterator[tuple[Any, Means]]:
     reader = processes.prefetched(lambda chunk: _read(job, chunk[1]), chunks)
     with contextlib.closing(reader):
         for chunk, x in zip(chunks, reader, strict=True):
-            found = _average(job, chunk[0], chunk[1], x)
+            found = _average(job, chunk[0], *x)
             stream = torch.cuda.current_stream(next(iter(found.values())).device)
             found = {block: v.to("cpu", non_blocking=True) for block, v in found.items()}
             queued.append((chunk, found, stream.record_event()))

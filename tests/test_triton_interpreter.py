@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from triton_case import INTERPRETED, skip_reason
+from triton_case import INTERPRETED, interpreter_skip_reason, skip_reason
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
+@pytest.mark.skipif(interpreter_skip_reason() is not None, reason=str(interpreter_skip_reason()))
 def test_every_kernel_in_the_interpreter():
     tests = sorted(str(f) for f in HERE.glob("test_triton_*.py") if f.name != Path(__file__).name)
     # one thread: the products are small, and their bits must not depend on how they are shared out

@@ -6,6 +6,7 @@ Triton is imported: test_triton_interpreter.py starts a process for that, and he
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -32,6 +33,20 @@ def skip_reason() -> str | None:
     from fastphi.triton_kernels import missing
 
     return missing()
+
+
+def interpreter_skip_reason() -> str | None:
+    """Why a process with Triton's interpreter is not started, or None."""
+    if (reason := skip_reason()) is not None:
+        return reason
+    if torch.cuda.is_available():
+        return "a GPU is there: test_triton_*.py run on it themselves"
+    old = _version("triton") < (3, 9) and _version("numpy") >= (2, 4)
+    return "the interpreter of Triton before 3.9 needs numpy before 2.4" if old else None
+
+
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
 
 
 def need_kernels() -> None:

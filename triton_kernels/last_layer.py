@@ -1,9 +1,8 @@
 """The last layer: 3×3 convolution to the image's 1 to 4 channels, straight into an NCHW image.
 
-    out = s·conv(r, W) + b          residual: out = image - that
+    out = s·conv(r, W) + b
 
-Layouts: r (N, H, W, C) dense; weights packed by `fused_layer.pack_weight`; out and image (N, Cout,
-H, W).
+Layouts: r (N, H, W, C) dense; weights packed by `fused_layer.pack_weight`; out (N, Cout, H, W).
 
 Tiling: as the fused layer, with the few output channels padded to the 16 rows that a tensor core's
 product has at least. Pixels are the columns, so the image is written along its rows as it comes.
@@ -46,7 +45,6 @@ def last_layer_fwd_kernel(
     s,  # (N,) fp32
     weight,  # (COUT, K), descriptor or pointer
     bias,  # (COUT,) fp32 or None
-    image_in,  # (N, COUT, H, W), or None: not the residual form
     out,  # (N, COUT, H, W)
     N,
     H,
@@ -84,8 +82,6 @@ def last_layer_fwd_kernel(
     start = image.to(tl.int64) * COUT * H * W
     at = (m // PIXELS * COUT * H + y) * W + x
     at = at[None, :] + (co * H * W)[:, None]
-    if image_in is not None:
-        value = tl.load(image_in + start + at, mask=mask, other=0.0).to(tl.float32) - value
     if UPCAST and out.dtype.element_ty == tl.bfloat16:
         value = round_to_bf16(value)
     tl.store(out + start + at, value, mask=mask)
@@ -98,8 +94,6 @@ def last_layer_fwd(
     bias: Tensor | None,  # (Cout,) fp32
     out: Tensor,  # (N, Cout, H, W) fp32 or r's dtype
     *,
-    image: Tensor | None = None,  # (N, Cout, H, W) fp32 or r's dtype
-    residual: bool = False,  # out = image - (s·conv + b)
     precision: str = "ieee",  # of fp32 products: "ieee" or "tf32"
 ) -> None:
     """Launch the last layer into `out`."""
@@ -119,10 +113,6 @@ def last_layer_fwd(
     if bias is not None:
         check(OP, "bias", bias, (c_out,), (torch.float32,), r.device)
     check(OP, "out", out, (N, c_out, H, W), (torch.float32, r.dtype), r.device)
-    if residual and image is None:
-        raise ValueError(f"{OP}: image is None, expected the network's input, as residual is set")
-    if image is not None:
-        check(OP, "image", image, (N, c_out, H, W), (torch.float32, r.dtype), r.device)
     if r.numel() == 0:
         return
     t = tiles.last_tile(c, H, W, r.dtype, capability(r.device))
@@ -131,7 +121,7 @@ def last_layer_fwd(
         a = descriptor(r, (t.images, t.rows, t.columns, t.block_k))
         w = descriptor(weight, (t.block_n, t.block_k))
     last_layer_fwd_kernel[(cdiv(N, t.images) * cdiv(H, t.rows) * cdiv(W, t.columns),)](
-        a, s, w, bias, image if residual else None, out, N, H, W,
+        a, s, w, bias, out, N, H, W,
         **constants(c, c_out, r.dtype, t, precision),
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -28,8 +29,14 @@ except ImportError as error:
 
 
 def jit(kernel: Any) -> Any:
-    """`triton.jit`, or the plain function where Triton is missing (no launcher reaches it there)."""
-    return kernel if triton is None else triton.jit(kernel)
+    """`triton.jit`, or the plain function where Triton is missing (no launcher reaches it there).
+
+    Nothing is compiled in of the size of the batch, N: one code, and so the same bits, for all.
+    """
+    if triton is None:
+        return kernel
+    batch = [name for name in inspect.signature(kernel).parameters if name == "N"]
+    return triton.jit(kernel, do_not_specialize=batch)
 
 
 @jit
