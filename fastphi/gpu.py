@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastphi import ops, reference
+from fastphi import gpu_plan, ops, reference
 from fastphi.gpu_plan import Packed, Plan, widths
 
 if TYPE_CHECKING:
@@ -189,6 +189,8 @@ class GPURunner:
         key = Packed.key(self.model)
         if packed is not None and packed.stamp == key:
             return packed
+        if torch.cuda.is_available():
+            gpu_plan.not_captured("weights are packed")
         fresh = Packed(self.model, dtype, key)
         if packed is not None and packed.fits(fresh):
             for plan in self._plans.values():
@@ -198,7 +200,7 @@ class GPURunner:
             self._plans.clear()
             self._packed = {dtype: fresh} if packed is not None else self._packed | {dtype: fresh}
             packed = fresh
-        if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # plans on other streams read them next
         return packed
 

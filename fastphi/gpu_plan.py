@@ -79,6 +79,15 @@ def _vectors(module: Any) -> tuple[Tensor | None, Tensor | None]:
     return bias, gamma
 
 
+def not_captured(what: str) -> None:
+    """RuntimeError where the caller captures a graph: what they captured now would never be there."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"fastphi: {what} for the first time while the current stream is captured in a CUDA graph;"
+            " call the model once with such a batch first"
+        )
+
+
 def widths(config: UNetConfig) -> dict[str, int]:
     return dict(zip(config.block_names, (*config.channels, *config.channels[-2:0:-1]), strict=True))
 
@@ -99,6 +108,8 @@ class Plan:
         until: str | None,
         precision: str,
     ) -> None:
+        if device.type == "cuda":
+            not_captured(f"a batch of shape {shape} (N, H, W) runs")
         self.config, self.packed, self.device, self.precision = config, packed, device, precision
         self.n, height, width = shape
         self.image = self._new((*shape, config.image_channels), packed.dtype)
@@ -142,11 +153,6 @@ class Plan:
             self.graph.replay()
 
     def _capture(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"fastphi: a batch of shape {tuple(self.image.shape)} (N, H, W, C) is captured in a CUDA"
-                " graph before it ever ran; call the model once with such a batch first"
-            )
         self.image.zero_()
         self.run()  # compiles and loads, which a capture must not
         torch.cuda.current_stream().synchronize()

@@ -18,6 +18,15 @@ def _two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def exact_products():
+    """float32 products on a GPU as the float64 reference's are, not in tf32."""
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield
+    convolutions.fp32_precision = before
+
+
 @pytest.fixture(params=[e.name for e in engine.ENGINES if e.made_for(torch.device("cpu"))])
 def backend(request) -> str:
     """Every engine for the CPU in turn; one that cannot serve here is skipped, saying why."""

@@ -7,6 +7,7 @@ hundred merges adds about 6e-8.
 
 from __future__ import annotations
 
+import gpu_case
 import numpy as np
 import pytest
 import torch
@@ -16,14 +17,16 @@ from fastphi import data, noise, ops, reference
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 
 
-def why_no_gpu() -> str | None:
-    return ops.missing("cuda") or (None if torch.cuda.is_available() else "no GPU is visible")
+ON_GPU = gpu_case.marks(whole_engine=False)
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 
 
-# The one place where tests of this file are skipped for want of a GPU.
-NO_GPU = why_no_gpu()
-GPU = pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
-DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def GPU(test):
+    for mark in ON_GPU:
+        test = mark(test)
+    return test
+
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 EPS = 1e-5
 

@@ -22,6 +22,8 @@ need_kernels()
 if (reason := ops.missing() if INTERPRETED else gpu.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 SMALL = UNetConfig(channels=(16, 24, 32), dec_layers=(2, 3), enc_layers=(2, 1), mid_layers=2)
 NETWORKS = {
     "small": (SMALL, (2, 3, 16, 16)),
@@ -51,15 +53,6 @@ each_network = pytest.mark.parametrize("name", NETWORKS)
 # bf16: inputs, weights and every stored activation are rounded to 8 bits (2^-9 each, unbiased);
 # means over space average most of that away.
 FP32, BF16_IMAGE, BF16_MEANS = 1e-6, 1e-2, 7e-3
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    """As the reference's are on the CPU; tf32 has a test of its own."""
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
-    yield
-    convolutions.fp32_precision = before
 
 
 @functools.cache
@@ -263,6 +256,29 @@ def test_a_plan_in_a_callers_graph_is_kept(monkeypatch):
     for n in (2, 3):
         runner.block_means(x[:n], until="enc1")
     assert [key[0][0] for key in runner._plans] == [1, 3]
+
+
+@pytest.mark.parametrize("until", [None, "mid", "dec2"])
+def test_nothing_is_read_before_it_is_written(until, monkeypatch):
+    """All the memory of a plan poisoned but for its images: the same bits."""
+    memory: list[torch.Tensor] = []
+    new = gpu.Plan._new
+
+    def kept(self, shape, dtype):
+        memory.append(new(self, shape, dtype))
+        return memory[-1]
+
+    monkeypatch.setattr(gpu.Plan, "_new", kept)
+    model, x = network("small"), images("small", n=1)[:, :, :8, :8]
+    runner = gpu.GPURunner(model)
+    want = {"image": runner.denoise(x)} if until is None else runner.block_means(x, until)
+    (plan,) = runner._plans.values()
+    assert memory[0] is plan.image
+    for tensor in memory[1:]:
+        tensor.fill_(torch.nan)
+    plan.run()
+    found = {"image": plan.denoised} if until is None else plan.means
+    assert all(torch.equal(found[name], want[name]) for name in want)
 
 
 # --- behind the seam ---------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""bf16 on trained weights, on a GPU: φ against float64, PSNR against fp32 at ten noise levels.
+
+The network is trained here, for some seconds, on patches of scikit-learn's photographs; or it is the
+one that FASTPHI_GPU_MODEL names (a file, or a training folder).
+"""
+
+from __future__ import annotations
+
+import os
+
+import gpu_case
+import pytest
+import torch
+
+import fastphi
+from fastphi import noise, reference
+from fastphi.unet import UNet, UNetConfig
+
+pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
+
+DEVICE = torch.device("cuda", 0)
+CONFIG, SIZE = UNetConfig(), 64
+STEPS, BATCH, LEARNING_RATE = 400, 32, 1e-3
+SIGMAS = torch.logspace(-2, 0, 10).tolist()
+
+
+def photographs() -> torch.Tensor:
+    """(2, 3, 427, 640) in [0, 1]."""
+    from sklearn.datasets import load_sample_images
+
+    shots = [torch.tensor(image) for image in load_sample_images().images]
+    return torch.stack(shots).permute(0, 3, 1, 2).float().div(255).to(DEVICE)
+
+
+def patches(shots: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+    """(n, 3, SIZE, SIZE): of either photograph, anywhere."""
+
+    def draw(limit: int) -> list[int]:
+        return torch.randint(limit, (n,), generator=generator).tolist()
+
+    height, width = shots.shape[2:]
+    places = zip(draw(2), draw(height - SIZE + 1), draw(width - SIZE + 1), strict=True)
+    return torch.stack([shots[i, :, y : y + SIZE, x : x + SIZE] for i, y, x in places])
+
+
+def train(shots: torch.Tensor) -> UNet:
+    """Adam on the squared error, σ uniform in [0, 1]; by the reference's ops."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = UNet(CONFIG, backend="reference").to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    for _ in range(STEPS):
+        clean = patches(shots, BATCH, generator)
+        sigma = torch.rand(BATCH, 1, 1, 1, generator=generator).to(DEVICE)
+        noisy = clean + sigma * torch.randn(clean.shape, generator=generator).to(DEVICE)
+        loss = (model.walk(reference.ReferenceOps(), noisy) - clean).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained() -> UNet:
+    if path := os.environ.get("FASTPHI_GPU_MODEL"):
+        model = fastphi.load(path).to(DEVICE)
+    else:
+        model = train(photographs())
+    model.backend = "cuda"
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def clean() -> torch.Tensor:
+    return patches(photographs(), 32, torch.Generator().manual_seed(1))
+
+
+def noisy(clean: torch.Tensor, sigma: float) -> torch.Tensor:
+    z = noise.normal(1, range(len(clean)), noise.stream("evaluate"), 0, tuple(clean.shape[1:]))
+    return clean + sigma * z.to(clean.device)
+
+
+def psnr(x: torch.Tensor, clean: torch.Tensor) -> float:
+    mse = (x.double() - clean.double()).square().flatten(1).mean(1)
+    return float((-10 * mse.log10()).mean())
+
+
+def test_the_network_denoises(trained, clean):
+    """Else the tests below would say nothing of trained weights."""
+    x = noisy(clean, 0.3)
+    assert psnr(trained(x), clean) > psnr(x, clean) + 6
+
+
+@pytest.mark.parametrize("sigma", SIGMAS, ids=lambda s: f"{s:.3f}")
+def test_psnr_of_bf16_is_that_of_fp32(trained, clean, sigma):
+    x = noisy(clean, sigma)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        low = psnr(trained(x), clean)
+    assert abs(low - psnr(trained(x), clean)) <= 0.05
+
+
+@pytest.mark.parametrize("sigma", [0.0, *SIGMAS[::3]], ids=lambda s: f"{s:.3f}")
+def test_phi_of_bf16_against_float64(trained, clean, sigma):
+    x = noisy(clean, sigma)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = trained.phi(x).double()
+    double = UNet(trained.config).double().to(DEVICE)
+    double.load_state_dict(trained.state_dict())
+    want = reference.ReferenceRunner(double.eval()).block_means(x.double(), "mid")["mid"]
+    assert ((found - want).norm(dim=1) / want.norm(dim=1)).max() <= 2e-2
+    assert torch.nn.functional.cosine_similarity(found, want).min() >= 0.9995
