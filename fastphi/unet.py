@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastphi import engine, validate
+from fastphi import engine, reference, validate
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,14 @@ class UNet(nn.Module):
         if (serving := self._serving(x)) is not None:
             return self.walk_means(serving.ops, x, until)
         return engine.runner(self, x).block_means(x, until)
+
+    def block_maps(self, x: Tensor, block: str = "mid") -> Tensor:
+        """A block's output itself, whose spatial mean is ā: (N, C, h, w). Plain PyTorch, no gradient."""
+        validate.images(x, self.config)
+        validate.choice(block, "block", self.config.block_names)
+        with torch.no_grad():
+            blocks = self._blocks(reference.ReferenceOps(), x)
+            return next(h for name, h in blocks if name == block)
 
     def phi(self, x: Tensor) -> Tensor:
         """ā of the middle block, of x itself: (N, channels[-1]). Only encoder and middle block run."""

@@ -1,0 +1,267 @@
+"""Clusters of φ (Fig. 6, 15, 16): how well they separate, and how well they are found again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastphi import validate
+from fastphi.analysis.common import Result, finite, gaussian_like, labels_of, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MINI_BATCH_FROM = 200_000  # rows from which K-means sees a mini-batch at a time
+
+
+@dataclass(frozen=True)
+class KMeans(Result):
+    """labels: (N,) int64; centroids: (k, d); inertia: mean squared distance to the own centroid."""
+
+    labels: np.ndarray
+    centroids: np.ndarray
+    inertia: float
+
+    def numbers(self) -> dict[str, Any]:
+        return {"k": len(self.centroids), "inertia": self.inertia, "n": len(self.labels)}
+
+    def members(self, cluster: int, n: int, seed: int = 0) -> np.ndarray:
+        """Up to n random rows of a cluster (Fig. 6, right)."""
+        own = np.flatnonzero(self.labels == cluster)
+        return np.random.default_rng(seed).permutation(own)[:n]
+
+
+def kmeans(
+    phi: Any, k: int, *, starts: int = 10, seed: int = 0, init: ArrayLike | None = None
+) -> KMeans:
+    """K-means on φ (N, d): k-means++ and the best of `starts`, or from the centroids `init` (k, d).
+
+    scikit-learn's; from 200,000 rows on its mini-batch form.
+    """
+    from sklearn.cluster import KMeans as Lloyd
+    from sklearn.cluster import MiniBatchKMeans
+
+    phi = finite(phi)
+    validate.integer(k, "k", low=1, high=len(phi))
+    options: dict[str, Any] = {"n_clusters": k, "random_state": seed}
+    if init is not None:
+        options |= {"init": np.asarray(init, np.float64), "n_init": 1}
+    else:
+        options |= {"init": "k-means++", "n_init": starts}
+    if len(phi) >= _MINI_BATCH_FROM:
+        fitted: Any = MiniBatchKMeans(batch_size=8192, **options).fit(phi)
+    else:
+        fitted = Lloyd(**options).fit(phi)
+    labels = fitted.labels_.astype(np.int64)
+    return KMeans(labels, fitted.cluster_centers_, float(fitted.inertia_) / len(phi))
+
+
+def separations(phi: Any, labels: ArrayLike) -> np.ndarray:
+    """(k, k): distance of two groups' centroids, in standard deviations along the line joining them.
+
+    ‖c_a − c_b‖ / √((v_a + v_b)/2) with v the variance of a group's members along that line. NaN on
+    the diagonal and for groups of fewer than two.
+    """
+    phi = finite(phi)
+    _, labels = np.unique(labels_of(labels, len(phi)), return_inverse=True)
+    k = int(labels.max()) + 1
+    groups = [phi[labels == c] for c in range(k)]
+    centroids = np.array([g.mean(axis=0) for g in groups])
+    variance = np.full((k, k), np.nan)  # of row's members along the line to column
+    for a, members in enumerate(groups):
+        if len(members) < 2:
+            continue
+        lines = centroids - centroids[a]
+        length = np.linalg.norm(lines, axis=1, keepdims=True)
+        lines = np.divide(lines, length, out=np.zeros_like(lines), where=length > 0)
+        variance[a] = ((members - centroids[a]) @ lines.T).var(axis=0)
+    distance = np.linalg.norm(centroids[:, None] - centroids[None], axis=2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = distance / np.sqrt((variance + variance.T) / 2)
+    np.fill_diagonal(found, np.nan)
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+@dataclass(frozen=True)
+class Clusters(Result):
+    """Separation of K-means' clusters, beside labelled classes and Gaussians.
+
+    random: (pairs,) all pairs' separations, in standard deviations; nearest: (k,) each cluster's with
+    the one whose centroid is nearest. gaussian_random, gaussian_nearest: (draws,) medians of the same
+    for K-means on Gaussians of φ's mean and covariance. class_random, class_nearest: of the labelled
+    classes; purity: share of images that have their cluster's commonest label, purity_chance the same
+    after shuffling labels; NaN and empty where there are none.
+    shown (Fig. 6): the median over nearest pairs exceeds the Gaussians' mean by more than three of
+    their standard deviations (and by 5 %), and so does the median over random pairs.
+    """
+
+    clusters: KMeans
+    random: np.ndarray
+    nearest: np.ndarray
+    gaussian_random: np.ndarray
+    gaussian_nearest: np.ndarray
+    class_random: np.ndarray
+    class_nearest: np.ndarray
+    purity: float
+    purity_chance: float
+
+    @property
+    def shown(self) -> bool:
+        def beyond(found: np.ndarray, control: np.ndarray) -> bool:
+            limit = max(control.mean() + 3 * control.std(ddof=1), 1.05 * control.mean())
+            return bool(np.nanmedian(found) > limit)
+
+        return beyond(self.nearest, self.gaussian_nearest) and beyond(
+            self.random, self.gaussian_random
+        )
+
+    @property
+    def better_than_classes(self) -> bool:
+        """Whether the medians exceed the labelled classes', random and nearest pairs both."""
+        if not len(self.class_random):
+            return False
+        return bool(
+            np.nanmedian(self.random) > np.nanmedian(self.class_random)
+            and np.nanmedian(self.nearest) > np.nanmedian(self.class_nearest)
+        )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        ax = new_axes(ax)
+        pairs = {"random": self.random, "nearest": self.nearest}
+        top = np.nanpercentile(np.concatenate(list(pairs.values())), 99)
+        bins = np.linspace(0, top, 40).tolist()
+        for k, (name, values) in enumerate(pairs.items()):
+            kept = values[np.isfinite(values)]
+            ax.hist(kept, bins, density=True, alpha=0.5, color=f"C{k}", label=f"{name} clusters")
+            ax.axvline(float(getattr(self, f"gaussian_{name}").mean()), color=f"C{k}", ls="--")
+            if len(values := getattr(self, f"class_{name}")):
+                ax.axvline(float(np.nanmedian(values)), color=f"C{k}", ls=":")
+        ax.set(xlabel="separation (standard deviations)", ylabel="density")
+        ax.set_title("dashed: Gaussian control; dotted: labelled classes", fontsize="small")
+        ax.legend(frameon=False)
+        return ax
+
+
+def clusters(
+    phi: Any,
+    k: int,
+    *,
+    labels: ArrayLike | None = None,
+    draws: int = 5,
+    starts: int = 10,
+    seed: int = 0,
+) -> Clusters:
+    """K-means on φ (N, d), and how well its clusters are separated (Fig. 6).
+
+    labels: (N,) of classes, for comparison. draws: Gaussians of the same mean and covariance that
+    go through the same K-means; at least two.
+    """
+    phi = finite(phi)
+    validate.integer(draws, "draws", low=2)
+    found = kmeans(phi, k, starts=starts, seed=seed)
+    random, nearest = _pairs(phi, found.labels)
+    controls = []
+    for draw in range(draws):
+        gaussian = gaussian_like(phi, seed + 1 + draw)
+        own = kmeans(gaussian, k, starts=starts, seed=seed).labels
+        controls.append([np.nanmedian(v) for v in _pairs(gaussian, own)])
+    classes, pure = (np.empty(0), np.empty(0)), (float("nan"), float("nan"))
+    if labels is not None:
+        labels = labels_of(labels, len(phi))
+        shuffled = np.random.default_rng(seed).permutation(labels)
+        classes = _pairs(phi, labels)
+        pure = (purity(found.labels, labels), purity(found.labels, shuffled))
+    control = np.array(controls)
+    return Clusters(found, random, nearest, control[:, 0], control[:, 1], *classes, *pure)
+
+
+def purity(clusters: ArrayLike, labels: ArrayLike) -> float:
+    """Share of rows that have the commonest label of their cluster."""
+    clusters = np.asarray(clusters)
+    labels = labels_of(labels, len(clusters))
+    _, own = np.unique(clusters, return_inverse=True)
+    _, named = np.unique(labels, return_inverse=True)
+    table = np.zeros((own.max() + 1, named.max() + 1), np.int64)
+    np.add.at(table, (own, named), 1)
+    return float(table.max(axis=1).sum() / len(labels))
+
+
+def _pairs(phi: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Separations of all pairs, and of each group with the one of the nearest centroid."""
+    table = separations(phi, labels)
+    names = np.unique(labels)
+    centroids = np.array([phi[labels == c].mean(axis=0) for c in names])
+    distance = np.linalg.norm(centroids[:, None] - centroids[None], axis=2)
+    np.fill_diagonal(distance, np.inf)
+    upper = table[np.triu_indices(len(names), 1)]
+    return upper, table[np.arange(len(names)), distance.argmin(axis=1)]
+
+
+@dataclass(frozen=True)
+class Agreement(Result):
+    """Adjusted Rand index of clusterings of the same images: 1 the same, 0 chance.
+
+    found: {what differs: (comparisons,)}; gaussian: the same for Gaussians of φ's mean and covariance,
+    where seeds differ. shown (Fig. 15, 16): the mean over every kind of comparison exceeds the
+    Gaussian's mean by three of its standard deviations and by 0.05.
+    """
+
+    found: Mapping[str, np.ndarray]
+    gaussian: np.ndarray
+
+    @property
+    def shown(self) -> bool:
+        limit = self.gaussian.mean() + max(3 * self.gaussian.std(), 0.05)
+        return all(bool(values.mean() > limit) for values in self.found.values())
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        ax = new_axes(ax)
+        for i, values in enumerate([*self.found.values(), self.gaussian]):
+            ax.plot(np.full(len(values), i), values, "o", alpha=0.6)
+        ax.set_xticks(range(len(self.found) + 1), [*self.found, "Gaussian, seeds"])
+        ax.set(ylabel="adjusted Rand index", ylim=(-0.05, 1.05))
+        return ax
+
+
+def agreement(
+    phi: Any,
+    k: int,
+    *,
+    others: Mapping[str, Any] | None = None,
+    labels: ArrayLike | None = None,
+    seeds: int = 4,
+    starts: int = 10,
+) -> Agreement:
+    """Are the clusters found again (Fig. 15, 16)? From other seeds, in φ at other σ, from other starts.
+
+    others: name → (N, d') of the same images, e.g. φ at another σ. labels: (N,); K-means then also
+    starts from the class centroids, whose number is then k.
+    """
+    from sklearn.metrics import adjusted_rand_score as rand
+
+    phi = finite(phi)
+    validate.integer(seeds, "seeds", low=2)
+
+    def across(rows: np.ndarray) -> list[np.ndarray]:
+        return [kmeans(rows, k, starts=starts, seed=s).labels for s in range(seeds)]
+
+    def pairs(runs: list[np.ndarray]) -> np.ndarray:
+        return np.array([rand(a, b) for i, a in enumerate(runs) for b in runs[:i]])
+
+    own = across(phi)
+    found = {"seeds": pairs(own)}
+    for name, rows in (others or {}).items():
+        other = kmeans(rows, k, starts=starts).labels
+        found[name] = np.array([rand(own[0], other)])
+    if labels is not None:
+        labels = labels_of(labels, len(phi))
+        names = np.unique(labels)
+        init = np.array([phi[labels == c].mean(axis=0) for c in names])
+        from_classes = kmeans(phi, len(names), init=init).labels
+        plus = kmeans(phi, len(names), starts=starts).labels
+        found["class starts"] = np.array([rand(plus, from_classes)])
+    return Agreement(found, pairs(across(gaussian_like(phi))))

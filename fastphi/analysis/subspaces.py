@@ -1,0 +1,116 @@
+"""φ as a union of subspaces (Fig. 5): neighbours use the same few channels, other images others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastphi import validate
+from fastphi.analysis.common import Result, exceeds, finite, gaussian_like, new_axes
+from fastphi.analysis.neighbours import nearest
+from fastphi.analysis.sparsity import participation_ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Subspaces(Result):
+    """Local dimension of φ round its images, as a fraction of d, and the channels neighbours share.
+
+    dimension: (Q,) PR of the neighbourhood's mean φ, the fraction of channels its subspace spans (the
+    paper: 0.2-0.3). spread: (Q,) PR of the eigenvalues of the neighbourhood's covariance, over d, at
+    most (k − 1)/d. shared, shared_random: (Q,) Jaccard overlap of an image's active channels (the PR·d
+    strongest) with its neighbours' and with random images'. gaussian_*: the same for a Gaussian of φ's
+    mean and covariance.
+    shown (Fig. 5): shared − shared_random exceeds the Gaussian's, image by image, by more than three
+    standard errors, and the mean local dimension is below 0.5.
+    """
+
+    dimension: np.ndarray
+    spread: np.ndarray
+    shared: np.ndarray
+    shared_random: np.ndarray
+    gaussian_dimension: np.ndarray
+    gaussian_spread: np.ndarray
+    gaussian_shared: np.ndarray
+    gaussian_shared_random: np.ndarray
+    k: int
+
+    @property
+    def shown(self) -> bool:
+        gain = self.shared - self.shared_random
+        control = self.gaussian_shared - self.gaussian_shared_random
+        return exceeds(gain, control) and bool(np.nanmean(self.dimension) < 0.5)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        ax = new_axes(ax)
+        for name, values in (("φ", self.dimension), ("Gaussian", self.gaussian_dimension)):
+            kept = values[np.isfinite(values)]
+            ax.hist(kept, np.linspace(0, 1, 51).tolist(), density=True, alpha=0.5, label=name)
+        ax.axvspan(0.2, 0.3, color="0.9", zorder=0, label="paper")
+        ax.set(xlabel="local dimension / d", ylabel="density of neighbourhoods")
+        ax.legend(frameon=False)
+        return ax
+
+
+def subspaces(phi: Any, k: int = 50, *, queries: int = 200, seed: int = 0) -> Subspaces:
+    """Local dimension and shared channels round `queries` random images (N, d), k neighbours each."""
+    phi = finite(phi)
+    validate.integer(k, "k", low=2, high=len(phi) - 1)
+    rng = np.random.default_rng(seed)
+    at = rng.permutation(len(phi))[: min(queries, len(phi))]
+    found, control = (_local(rows, at, k, seed) for rows in (phi, gaussian_like(phi, seed)))
+    return Subspaces(*found, *control, k=k)
+
+
+def components(phi: Any, queries: ArrayLike, k: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    """Fig. 5, left: two images' neighbourhoods in the three components that tell them apart best.
+
+    queries: two row numbers. Returns the three channel numbers and φ of both sets, (2, k, 3).
+    """
+    phi, queries = finite(phi), np.asarray(queries)
+    if queries.shape != (2,):
+        raise ValueError(f"queries: expected two row numbers, got shape {queries.shape}")
+    index, _ = nearest(phi[queries], phi, k)
+    means = phi[index].mean(axis=1)
+    low = means.min(axis=0)
+    difference = means[0] - means[1]
+    chosen = [int(difference.argmax()), int(difference.argmin())]
+    low[chosen] = -np.inf
+    channels = np.array([*chosen, int(low.argmax())])  # one for each set, and one that both use
+    return channels, phi[index][:, :, channels]
+
+
+_Local = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _local(phi: np.ndarray, at: np.ndarray, k: int, seed: int) -> _Local:
+    index, _ = nearest(phi[at], phi, k, exclude=at)
+    around = phi[index]  # (Q, k, d)
+    d = phi.shape[1]
+    dimension = participation_ratio(around.mean(axis=1))
+    centred = around - around.mean(axis=1, keepdims=True)
+    values = np.linalg.svd(centred, compute_uv=False) ** 2
+    with np.errstate(invalid="ignore"):
+        spread = values.sum(axis=1) ** 2 / (values**2).sum(axis=1) / d
+    active = _active(phi)
+    random = np.random.default_rng(seed).integers(0, len(phi), index.shape)
+    return dimension, spread, _overlap(active, at, index), _overlap(active, at, random)
+
+
+def _active(phi: np.ndarray) -> np.ndarray:
+    """(N, d) bool: each image's PR·d strongest channels."""
+    ratio = np.nan_to_num(participation_ratio(phi))
+    count = np.maximum(np.round(ratio * phi.shape[1]), 1)
+    rank = np.argsort(np.argsort(-np.abs(phi), axis=1, kind="stable"), axis=1, kind="stable")
+    return rank < count[:, None]
+
+
+def _overlap(active: np.ndarray, at: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """(Q,): mean Jaccard overlap of the active channels of image at[q] and of images index[q]."""
+    own, others = active[at][:, None], active[index]
+    return ((own & others).sum(axis=2) / (own | others).sum(axis=2)).mean(axis=1)
