@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class Channels(Result):
             rho, p = spearmanr(values[both], self.selectivity[both]) if varied else (0.0, 1.0)
             found[name] = (float(rho), float(p))
         return found
+
+    expected: ClassVar[Mapping[str, int]] = EXPECTED
 
     @property
     def as_expected(self) -> dict[str, bool]:
