@@ -30,7 +30,9 @@ WITHOUT = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
-from fastphi.triton_kernels import first_layer, fused_layer, last_layer, missing, upsample
+from fastphi.triton_kernels import (
+    conv_bwd, first_layer, fused_layer, last_layer, missing, norm_bwd, upsample,
+)
 assert "pip install triton" in missing(), missing()
 x = torch.zeros(1, 2, 2, 16)
 for launch in (
@@ -38,6 +40,8 @@ for launch in (
     lambda: upsample.upsample_fwd(x, None, None, None, x),
     lambda: first_layer.first_layer_fwd(x, None, None, x),
     lambda: last_layer.last_layer_fwd(x, None, None, None, x),
+    lambda: conv_bwd.conv_bwd(x, None, x),
+    lambda: norm_bwd.norm_bwd(x, x, None, x),
 ):
     try:
         launch()

@@ -11,6 +11,7 @@ Writes a table (markdown, and the same as JSON beside it).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -22,16 +23,28 @@ from unittest import mock
 
 import torch
 import triton
-from fastphi.triton_kernels import first_layer, fused_layer, last_layer, upsample
+from fastphi.triton_kernels import (
+    conv_bwd,
+    first_layer,
+    fused_layer,
+    last_layer,
+    norm_bwd,
+    upsample,
+)
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-MODULES = (first_layer, fused_layer, last_layer, upsample)
+MODULES = (first_layer, fused_layer, last_layer, upsample, conv_bwd, norm_bwd)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can have
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+}
 BATCH = 5  # nothing of the size of the batch is compiled in
 CHANNELS = (64, 128, 256, 512)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -75,7 +88,7 @@ def up(c: int, c_out: int, size: int, dtype=BF16, bias: bool = False) -> None:
     )
 
 
-def first(c: int, c_out: int, size: int, dtype=BF16, pooled: bool = False) -> None:
+def first(c: int, c_out: int, size: int, dtype=BF16, pooled: bool = False, **options) -> None:
     boxes = first_layer.sums_per_image(c_out, size, size, dtype, CPU)
     half = (BATCH, size // 2, size // 2, c_out)
     first_layer.first_layer_fwd(
@@ -85,6 +98,7 @@ def first(c: int, c_out: int, size: int, dtype=BF16, pooled: bool = False) -> No
         torch.empty(BATCH, size, size, c_out, dtype=dtype),
         pooled=torch.empty(half, dtype=dtype) if pooled else None,
         sums=torch.empty(BATCH, boxes, c_out) if pooled else None,
+        **options,
     )
 
 
@@ -98,7 +112,97 @@ def last(c: int, c_out: int, size: int, dtype=BF16) -> None:
     )
 
 
+# The gradients, and the forward layers as guidance launches them: with z, and with images left out.
+
+
+def active() -> torch.Tensor:
+    return torch.empty(BATCH, dtype=torch.int32)
+
+
+def guided(c: int, c_out: int, size: int, dtype=BF16, pool: bool = False) -> None:
+    z = torch.empty(BATCH, size, size, c_out, dtype=dtype)
+    layer((c,), c_out, size, dtype, last=pool, z_out=z, active=active())
+
+
+def conv_gradient(
+    c: int, c_in: int, size: int, dtype=BF16, masked: bool = False, **options
+) -> None:
+    """c, c_in: channels of d_z and d_r."""
+    slots = conv_bwd.d_s_per_image(c, c_in, size, size, dtype, CPU)
+    conv_bwd.conv_bwd(
+        torch.empty(BATCH, size, size, c, dtype=dtype),
+        conv_bwd.pack_transposed_weight(torch.empty(c, c_in, 3, 3), dtype),
+        torch.empty(BATCH, size, size, c_in, dtype=dtype),
+        r=torch.empty(BATCH, size, size, c_in, dtype=dtype),
+        s=torch.empty(BATCH),
+        d_s=None if masked else torch.empty(BATCH, slots),
+        masked=masked,
+        **options,
+    )
+
+
+def norm_gradient(
+    c: int, size: int, form: str, dtype=BF16, norm: bool = True, train: bool = False
+) -> None:
+    shape = {"full": (size, size, c), "pooled": (size // 2, size // 2, c), "means": (c,)}[form]
+    x = torch.empty(BATCH, size, size, c, dtype=dtype)
+    per_image = torch.empty(BATCH) if norm else None
+    slots = conv_bwd.d_s_per_image(c, c, size, size, dtype, CPU) if form == "full" else 1
+    parts = norm_bwd.sums_per_image(c, size, size)
+    norm_bwd.norm_bwd(
+        torch.empty(BATCH, *shape, dtype=FP32 if form == "means" else dtype),
+        x,
+        torch.empty(c) if norm else None,
+        torch.empty_like(x),
+        form=form,
+        s_in=torch.empty(BATCH),
+        s=per_image,
+        mean=per_image,
+        std=per_image,
+        d_s=torch.empty(BATCH, slots) if norm else None,
+        sums=torch.empty(BATCH, parts, 2, c) if train else None,
+        active=None if train else active(),
+    )
+
+
+def image_gradient(c: int, size: int, dtype=BF16) -> None:
+    last_layer.last_layer_fwd(
+        torch.empty(BATCH, size, size, c, dtype=dtype),
+        None,
+        conv_bwd.pack_transposed_weight(torch.empty(c, 3, 3, 3), dtype),
+        None,
+        torch.empty(BATCH, 3, size, size),
+        active=active(),
+    )
+
+
 Case = tuple[str, Callable[[], None]]
+
+
+def guidance(size: int) -> Iterator[Case]:
+    """A guidance iteration's layers, forward and backward, in bf16."""
+    c0, top = CHANNELS[0], CHANNELS[-1]
+    yield f"first 3→{c0} @{size}, guided", lambda: first(3, c0, size, active=active())
+    yield (
+        f"{c0}→{c0} @{size}, under a ReLU",
+        lambda: conv_gradient(c0, c0, size, masked=True, active=active()),
+    )
+    yield f"image gradient {c0}→3 @{size}", lambda: image_gradient(c0, size)
+    before = c0
+    for depth, c in enumerate(CHANNELS):
+        at = size >> depth
+        if c != before:
+            yield f"{before}→{c} @{at}, z", lambda b=before, c=c, at=at: guided(b, c, at)
+            yield (
+                f"{c}→{before} @{at}",
+                lambda b=before, c=c, at=at: conv_gradient(c, b, at, active=active()),
+            )
+            yield f"{c} @{at}", lambda c=c, at=at: norm_gradient(c, at, "full")
+            yield f"{c}→{c} @{at}", lambda c=c, at=at: conv_gradient(c, c, at, active=active())
+        yield f"{c}→{c} @{at}, z, sums, pool", lambda c=c, at=at: guided(c, c, at, pool=True)
+        form = "means" if c == top else "pooled"
+        yield f"{c} @{at}, {form}", lambda c=c, at=at, form=form: norm_gradient(c, at, form)
+        before = c
 
 
 def network(size: int) -> Iterator[Case]:
@@ -143,6 +247,21 @@ def others() -> Iterator[Case]:
     yield "fp32 up 64→32", lambda: up(64, 32, 16, FP32)
     yield "fp32 first 3→64", lambda: first(3, 64, 64, FP32, pooled=True)
     yield "fp32 last 64→3", lambda: last(64, 3, 64, FP32)
+    yield "64 @64, training", lambda: norm_gradient(64, 64, "full", train=True)
+    yield "64 @64, no norm, training", lambda: norm_gradient(64, 64, "full", norm=False, train=True)
+    yield "64+64→64 @64, to the second", lambda: conv_gradient(64, 64, 64, s_z=torch.empty(BATCH))
+    for c in (20, 36):
+        yield f"{c}→{c} @20", lambda c=c: conv_gradient(c, c, 20, active=active())
+        yield f"{c} @20", lambda c=c: norm_gradient(c, 20, "full")
+        yield f"{c}→{c} @20, z", lambda c=c: guided(c, c, 20, pool=True)
+    for precision in ("ieee", "tf32"):
+        yield (
+            f"fp32 {precision} 64→64 @32",
+            lambda p=precision: conv_gradient(64, 64, 32, FP32, precision=p, active=active()),
+        )
+    yield "fp32 64→64 @32, z", lambda: guided(64, 64, 32, FP32, pool=True)
+    yield "fp32 64 @32", lambda: norm_gradient(64, 32, "full", FP32)
+    yield "fp32 image gradient 64→3", lambda: image_gradient(64, 64, FP32)
 
 
 class Recorder:
@@ -158,20 +277,15 @@ class Recorder:
 def record(launch: Callable[[], None], capability: int):
     """(kernel, arguments, compile-time arguments) of the one kernel that `launch` launches."""
     recorders = []
-    with mock.patch.multiple(fused_layer, capability=lambda device: capability):
-        patches = []
+    with contextlib.ExitStack() as stack:
         for module in MODULES:
             name = f"{module.OP}_kernel"
             recorders.append(Recorder(getattr(module, name)))
-            changes = {"capability": lambda device: capability, "check_can_run": lambda *a: None}
-            patches.append(mock.patch.multiple(module, **{name: recorders[-1]}, **changes))
-        for patch in patches:
-            patch.start()
-        try:
-            launch()
-        finally:
-            for patch in patches:
-                patch.stop()
+            changes = {name: recorders[-1], "check_can_run": lambda *a: None}
+            if hasattr(module, "capability"):
+                changes["capability"] = lambda device: capability
+            stack.enter_context(mock.patch.multiple(module, **changes))
+        launch()
     (call,) = [call for recorder in recorders for call in recorder.calls]
     return call
 
@@ -227,11 +341,15 @@ def inspect(name: str, call, capability: int) -> dict:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", verbose)))
     t = constants
+    if "TN" in t:
+        tile = f"{t['TN']}×{t['TH']}×{t['TW']} × {t['BLOCK_N']}, k {t.get('BLOCK_K', t.get('K'))}"
+    else:
+        tile = f"{t['BLOCK_P']} × {t['BLOCK_C']}"
     return {
         "kernel": kernel.__name__,
         "case": name,
         "arch": arch,
-        "tile": f"{t['TN']}×{t['TH']}×{t['TW']} × {t['BLOCK_N']}, k {t.get('BLOCK_K', t.get('K'))}",
+        "tile": tile,
         "warps": options["num_warps"],
         "stages": options["num_stages"],
         "registers": registers,
@@ -242,7 +360,7 @@ def inspect(name: str, call, capability: int) -> dict:
         "mma": ptx.count("mma.sync"),
         "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
         "tma_stores": len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.global", ptx)),
-        "descriptors": bool(t["DESCRIPTORS"]),
+        "descriptors": bool(t.get("DESCRIPTORS")),
     }
 
 
@@ -274,7 +392,7 @@ def faults(row: dict) -> list[str]:
 def collect() -> list[dict]:
     """A row per distinct kernel; cases that compile to the same one are named together."""
     rows: dict[str, dict] = {}
-    cases = [*network(64), *network(80), *others()]
+    cases = [*network(64), *network(80), *guidance(64), *guidance(80), *others()]
     for capability in (90, 80):
         for name, launch in cases:
             call = record(launch, capability)

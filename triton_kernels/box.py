@@ -90,10 +90,48 @@ def channel_sums(x, TN: tl.constexpr, PIXELS: tl.constexpr):
 
 
 @jit
+def idle(active, image, N, TN: tl.constexpr):
+    """Whether none of a program's images takes part. active: (N,) int32."""
+    n = image + tl.arange(0, TN)
+    return tl.max(tl.load(active + n, mask=n < N, other=0)) == 0
+
+
+@jit
 def load_channels(v, channel, COUT: tl.constexpr, BLOCK_N: tl.constexpr):
     """(BLOCK_N, 1) of a vector over the output channels."""
     co = channel + tl.arange(0, BLOCK_N)
     return tl.load(v + co, mask=co < COUT, other=0.0)[:, None]
+
+
+@jit
+def load_box(
+    r,  # (N, H, W, C), descriptor or pointer
+    image,
+    y0,
+    x0,
+    channel,
+    N,
+    H,
+    W,
+    C: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """(BLOCK_N, TN·TH·TW) fp32; 0 for what of the box lies outside the tensor."""
+    if DESCRIPTORS:
+        value = r.load([image, y0, x0, channel]).reshape(TN * TH * TW, BLOCK_N)
+    else:
+        m = tl.arange(0, TN * TH * TW)
+        n, y, x = m // (TH * TW), y0 + m // TW % TH, x0 + m % TW
+        co = channel + tl.arange(0, BLOCK_N)
+        r += image.to(tl.int64) * H * W * C
+        mask = ((image + n < N) & (y < H) & (x < W))[:, None] & (co < C)[None, :]
+        offset = ((n * H + y) * W + x) * C
+        value = tl.load(r + offset[:, None] + co[None, :], mask=mask, other=0.0)
+    return value.trans().to(tl.float32)
 
 
 @jit

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .box import load_channels, store_outputs
+from .box import idle, load_channels, store_outputs
 from .support import (
     DTYPES,
     capability,
     cdiv,
     check,
+    check_active,
     check_can_run,
     check_precision,
     descriptor,
@@ -56,6 +57,7 @@ def first_layer_fwd_kernel(
     r_out,  # (N, H, W, COUT) or None
     pooled,  # (N, H/2, W/2, COUT) or None
     sums,  # (N, boxes, COUT) fp32 or None
+    active,  # (N,) int32 or None
     N,
     H,
     W,
@@ -81,6 +83,9 @@ def first_layer_fwd_kernel(
     place = box % boxes
     image = box // boxes * TN
     y0, x0, channel = place // across * TH, place % across * TW, block * BLOCK_N
+    if active is not None:
+        if idle(active, image, N, TN):
+            return
 
     k = tl.arange(0, K)[:, None]
     m = tl.arange(0, M)[None, :]
@@ -156,12 +161,14 @@ def first_layer_fwd(
     *,
     pooled: Tensor | None = None,  # (N, H/2, W/2, Cout): 2×2 means of r_out before rounding
     sums: Tensor | None = None,  # (N, sums_per_image, Cout) fp32: of r_out before rounding
+    active: Tensor | None = None,  # (N,) int32: of images where it is 0 nothing need be written
     relu: bool = True,
     precision: str = "ieee",  # of fp32 products: "ieee" or "tf32"
 ) -> None:
     """Launch the layer; writes those of the outputs that are given."""
     check_can_run(OP, image.device)
     check_precision(OP, precision)
+    check_active(OP, active, image)
     N, H, W, c = image.shape
     c_out = len(weight)
     t = tiles.first_tile(c_out, H, W, weight.dtype, capability(image.device))
@@ -175,7 +182,7 @@ def first_layer_fwd(
     if t.descriptors and pooled is not None:
         small = descriptor(pooled, (t.images, t.rows // 2, t.columns // 2, t.block_n))
     first_layer_fwd_kernel[(cdiv(N, t.images) * boxes * cdiv(c_out, t.block_n),)](
-        image, weight, bias, out, small, sums, N, H, W,
+        image, weight, bias, out, small, sums, active, N, H, W,
         **constants(c, c_out, H, W, weight.dtype, t, relu, precision),
     )  # fmt: skip
 

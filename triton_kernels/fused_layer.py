@@ -32,12 +32,21 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .box import accumulate, channel_sums, load_channels, per_pixel, store_outputs
+from .box import (
+    accumulate,
+    channel_sums,
+    idle,
+    load_channels,
+    per_pixel,
+    store_box,
+    store_outputs,
+)
 from .support import (
     DTYPES,
     capability,
     cdiv,
     check,
+    check_active,
     check_can_run,
     check_precision,
     descriptor,
@@ -62,6 +71,8 @@ def fused_layer_fwd_kernel(
     pooled,  # (N, H/2, W/2, Cout) or None
     partials,  # (N, boxes·blocks of channels, 3) fp32 or None
     sums,  # (N, boxes, Cout) fp32 or None
+    z_out,  # (N, H, W, Cout) or None
+    active,  # (N,) int32 or None
     N,
     H,
     W,
@@ -91,6 +102,9 @@ def fused_layer_fwd_kernel(
     place = box % boxes
     image = box // boxes * TN
     y0, x0, channel = place // across * TH, place % across * TW, block * BLOCK_N
+    if active is not None:
+        if idle(active, image, N, TN):
+            return
     n = image + tl.arange(0, TN)
 
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
@@ -128,6 +142,9 @@ def fused_layer_fwd_kernel(
         tl.store(at, tl.zeros((TN,), tl.float32) + count, mask=n < N)
         tl.store(at + 1, mean, mask=n < N)
         tl.store(at + 2, m2, mask=n < N)
+    if z_out is not None:
+        store_box(z_out, z, image, y0, x0, channel, N, H, W, COUT, TN, TH, TW, BLOCK_N,
+                  DESCRIPTORS, UPCAST)  # fmt: skip
     if gamma is not None:
         z *= load_channels(gamma, channel, COUT, BLOCK_N)
     if RELU:
@@ -196,7 +213,7 @@ def _check_inputs(r, s, weight, bias, gamma, r2, s2) -> None:
             check(OP, name, vector, (len(weight),), (torch.float32,), r.device)
 
 
-def _check_outputs(r, c_out, boxes, blocks, r_out, pooled, partials, sums) -> None:
+def _check_outputs(r, c_out, boxes, blocks, r_out, pooled, partials, sums, z_out) -> None:
     N, H, W, _ = r.shape
     if pooled is not None and (H % 2 or W % 2):
         raise ValueError(f"{OP}: pooled needs even height and width, got {H}×{W}")
@@ -206,12 +223,13 @@ def _check_outputs(r, c_out, boxes, blocks, r_out, pooled, partials, sums) -> No
         ("pooled", pooled, (N, H // 2, W // 2, c_out), DTYPES),
         ("partials", partials, (N, boxes * blocks, 3), single),
         ("sums", sums, (N, boxes, c_out), single),
+        ("z_out", z_out, (N, H, W, c_out), DTYPES),
     )
     for name, tensor, shape, dtypes in wanted:
         if tensor is not None:
             check(OP, name, tensor, shape, dtypes if dtypes is single else (r.dtype,), r.device)
     if all(tensor is None for _, tensor, _, _ in wanted):
-        raise ValueError(f"{OP}: nothing to write: give r_out, pooled, partials or sums")
+        raise ValueError(f"{OP}: nothing to write: give r_out, pooled, partials, sums or z_out")
 
 
 def fused_layer_fwd(
@@ -227,12 +245,15 @@ def fused_layer_fwd(
     pooled: Tensor | None = None,  # (N, H/2, W/2, Cout): 2×2 means of r_out before rounding
     partials: Tensor | None = None,  # (N, partials_per_image, 3) fp32: count, mean, M2 of z
     sums: Tensor | None = None,  # (N, sums_per_image, Cout) fp32: of r_out before rounding
+    z_out: Tensor | None = None,  # (N, H, W, Cout): for the gradient
+    active: Tensor | None = None,  # (N,) int32: of images where it is 0 nothing need be written
     relu: bool = True,
     precision: str = "ieee",  # of fp32 products: "ieee" or "tf32"
 ) -> None:
     """Launch the layer; writes those of the outputs that are given."""
     check_can_run(OP, r.device)
     check_precision(OP, precision)
+    check_active(OP, active, r)
     _check_inputs(r, s, weight, bias, gamma, r2, s2)
     N, H, W, c1 = r.shape
     c2 = 0 if r2 is None else r2.shape[3]
@@ -240,19 +261,19 @@ def fused_layer_fwd(
     c_in = (c1, c2) if c2 else (c1,)
     t = tiles.tile(c_in, c_out, H, W, r.dtype, capability(r.device))
     boxes, blocks = cdiv(H, t.rows) * cdiv(W, t.columns), cdiv(c_out, t.block_n)
-    _check_outputs(r, c_out, boxes, blocks, r_out, pooled, partials, sums)
+    _check_outputs(r, c_out, boxes, blocks, r_out, pooled, partials, sums, z_out)
     if r.numel() == 0:
         return
-    ends = [r, r2, weight, r_out, pooled]
+    ends = [r, r2, weight, r_out, pooled, z_out]
     if t.descriptors:
         full = (t.images, t.rows, t.columns)
         half = (t.images, t.rows // 2, t.columns // 2)
         blocks_of = [(*full, t.block_k), (*full, t.block_k), (t.block_n, t.block_k),
-                     (*full, t.block_n), (*half, t.block_n)]  # fmt: skip
+                     (*full, t.block_n), (*half, t.block_n), (*full, t.block_n)]  # fmt: skip
         ends = [e if e is None else descriptor(e, b) for e, b in zip(ends, blocks_of, strict=True)]
-    a, a2, w, out, small = ends
+    a, a2, w, out, small, z = ends
     fused_layer_fwd_kernel[(cdiv(N, t.images) * boxes * blocks,)](
-        a, s, a2, s2, w, bias, gamma, out, small, partials, sums, N, H, W,
+        a, s, a2, s2, w, bias, gamma, out, small, partials, sums, z, active, N, H, W,
         **constants(c_in, c_out, H, W, r.dtype, t, relu, precision),
     )  # fmt: skip
 

@@ -2,6 +2,9 @@
 
     out = s·conv(r, W) + b
 
+With the first layer's weights rotated (`conv_bwd.pack_transposed_weight`) it is that layer's
+gradient to the image.
+
 Layouts: r (N, H, W, C) dense; weights packed by `fused_layer.pack_weight`; out (N, Cout, H, W).
 
 Tiling: as the fused layer, with the few output channels padded to the 16 rows that a tensor core's
@@ -21,12 +24,13 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .box import accumulate, load_channels, per_pixel
+from .box import accumulate, idle, load_channels, per_pixel
 from .support import (
     DTYPES,
     capability,
     cdiv,
     check,
+    check_active,
     check_can_run,
     check_precision,
     descriptor,
@@ -42,10 +46,11 @@ OP = "last_layer_fwd"
 @jit
 def last_layer_fwd_kernel(
     r,  # (N, H, W, C), descriptor or pointer
-    s,  # (N,) fp32
+    s,  # (N,) fp32, or None: 1
     weight,  # (COUT, K), descriptor or pointer
     bias,  # (COUT,) fp32 or None
     out,  # (N, COUT, H, W)
+    active,  # (N,) int32 or None
     N,
     H,
     W,
@@ -67,12 +72,17 @@ def last_layer_fwd_kernel(
     place = tl.program_id(0) % boxes
     image = tl.program_id(0) // boxes * TN
     y0, x0 = place // across * TH, place % across * TW
+    if active is not None:
+        if idle(active, image, N, TN):
+            return
 
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
     acc = accumulate(acc, r, weight, image, y0, x0, 0, N, H, W, 9, 9 * P, 0, C, P, COUT, True,
                      TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
     n = image + tl.arange(0, TN)
-    value = acc * per_pixel(tl.load(s + n, mask=n < N, other=1.0), TN, PIXELS)
+    value = acc
+    if s is not None:
+        value *= per_pixel(tl.load(s + n, mask=n < N, other=1.0), TN, PIXELS)
     if bias is not None:
         value += load_channels(bias, 0, COUT, BLOCK_N)
     m = tl.arange(0, TN * PIXELS)
@@ -89,11 +99,12 @@ def last_layer_fwd_kernel(
 
 def last_layer_fwd(
     r: Tensor,  # (N, H, W, C) bf16, fp16 or fp32
-    s: Tensor,  # (N,) fp32
+    s: Tensor | None,  # (N,) fp32; None: 1
     weight: Tensor,  # (Cout, K) from fused_layer.pack_weight, in r's dtype; Cout from 1 to 4
     bias: Tensor | None,  # (Cout,) fp32
     out: Tensor,  # (N, Cout, H, W) fp32 or r's dtype
     *,
+    active: Tensor | None = None,  # (N,) int32: of images where it is 0 nothing need be written
     precision: str = "ieee",  # of fp32 products: "ieee" or "tf32"
 ) -> None:
     """Launch the last layer into `out`."""
@@ -106,7 +117,9 @@ def last_layer_fwd(
     if not 1 <= c_out <= 4:
         raise ValueError(f"{OP}: weight has {c_out} output channels, expected 1 to 4")
     check(OP, "r", r, r.shape, DTYPES, r.device)
-    check(OP, "s", s, (N,), (torch.float32,), r.device)
+    check_active(OP, active, r)
+    if s is not None:
+        check(OP, "s", s, (N,), (torch.float32,), r.device)
     check(
         OP, "weight (from pack_weight)", weight, (c_out, 9 * tiles.padded(c)), (r.dtype,), r.device
     )
@@ -121,7 +134,7 @@ def last_layer_fwd(
         a = descriptor(r, (t.images, t.rows, t.columns, t.block_k))
         w = descriptor(weight, (t.block_n, t.block_k))
     last_layer_fwd_kernel[(cdiv(N, t.images) * cdiv(H, t.rows) * cdiv(W, t.columns),)](
-        a, s, w, bias, out, N, H, W,
+        a, s, w, bias, out, active, N, H, W,
         **constants(c, c_out, r.dtype, t, precision),
     )  # fmt: skip
 

@@ -85,6 +85,12 @@ def check(
         )
 
 
+def check_active(op: str, active: Tensor | None, first: Tensor) -> None:
+    """(N,) int32 flags of the images of `first`, or None."""
+    if active is not None:
+        check(op, "active", active, (len(first),), (torch.int32,), first.device)
+
+
 def check_precision(op: str, precision: str) -> None:
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"{op}: precision is {precision!r}, expected 'ieee' or 'tf32'")

@@ -94,6 +94,11 @@ LAST = {
     "float32": Row(1, 64, 16, 32, 4, 2),
 }
 
+# The pass over d_z: bound by memory. 32 values to a thread are four loads of 16 bytes in flight from
+# each of two tensors; 128 channels are 256 bytes in a row; small programs, so that the 8×8 level of
+# a few images has some for every multiprocessor.
+NORM_BWD_VALUES, NORM_BWD_CHANNELS, NORM_BWD_WARPS = 4096, 128, 4
+
 MAX_IMAGES = (
     16  # images per tile, at most: small images must not need a large batch to be efficient
 )
@@ -140,7 +145,8 @@ def _tile(kind: str, row: Row, channels: int, c_in: tuple[int, ...], H: int, W: 
 def tile(
     c_in: tuple[int, ...], c_out: int, H: int, W: int, dtype: torch.dtype, capability: int
 ) -> Tile:
-    """Of the fused layer. c_in: the channels of each source."""
+    """Of the fused layer, and of `conv_bwd`, whose c_in is (d_z's,) and c_out d_r's. c_in: the channels
+    of each source. (conv_bwd: r is read after the last step, into memory that the steps have left.)"""
     kind = kind_of(dtype, capability, *c_in, c_out)
     row = next(row for row in CONV[kind] if c_out >= row.c_out)
     return _tile(kind, row, c_out, c_in, H, W)
@@ -156,6 +162,12 @@ def first_tile(c_out: int, H: int, W: int, dtype: torch.dtype, capability: int) 
     """Of the first layer: one step over K, so block_k says nothing; descriptors for what is written."""
     kind = kind_of(dtype, capability, c_out)
     return _tile(kind, FIRST[kind], c_out, (64,), H, W)
+
+
+def norm_bwd_block(channels: int) -> tuple[int, int]:
+    """(pixels, channels) of a program of `norm_bwd`."""
+    block_c = min(NORM_BWD_CHANNELS, max(16, power_of_two(channels)))
+    return NORM_BWD_VALUES // block_c, block_c
 
 
 def last_tile(c: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:
