@@ -1,6 +1,6 @@
 """fastphi: what a diffusion denoiser knows about images, fast (arXiv 2506.01912).
 
-model = fastphi.load("model.safetensors")
+model = fastphi.load_pretrained()                # or fastphi.load("model.safetensors")
 store = fastphi.extract(model, "pack", "phi", sigmas=[0.5])
 result = fastphi.reconstruct(model, targets=fastphi.targets.from_images(model, images))
 """
@@ -20,6 +20,7 @@ _PUBLIC = {
     "save": "checkpoint",
     "load": "checkpoint",
     "load_authors_checkpoint": "checkpoint",
+    "load_pretrained": "pretrained",
     "pack": "packing",
     "PackedImages": "data",
     "extract": "phi",
@@ -30,7 +31,17 @@ _PUBLIC = {
     "Reconstruction": "reconstruction",
     "sample": "sampling",
 }
-_MODULES = ("data", "engine", "noise", "ops", "reference", "targets", "train", "validate")
+_MODULES = (
+    "data",
+    "engine",
+    "noise",
+    "ops",
+    "pretrained",
+    "reference",
+    "targets",
+    "train",
+    "validate",
+)
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
@@ -48,12 +59,13 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from fastphi import data, engine, noise, ops, reference, targets, train, validate
+    from fastphi import data, engine, noise, ops, pretrained, reference, targets, train, validate
     from fastphi.checkpoint import load, load_authors_checkpoint, save
     from fastphi.data import PackedImages
     from fastphi.guidance import MatchResult, match_phi
     from fastphi.packing import pack
     from fastphi.phi import PhiStore, extract
+    from fastphi.pretrained import load_pretrained
     from fastphi.reconstruction import Reconstruction, reconstruct
     from fastphi.sampling import sample
     from fastphi.unet import TrainingInfo, UNet, UNetConfig

@@ -98,7 +98,7 @@ def extract(
     """Extract φ = E_z[ā(x + σz)] of packed images into a φ store (§2.2). Resumes where it stopped.
 
     Args:
-        model: a checkpoint: .safetensors, a training folder, or the authors' folder.
+        model: a checkpoint: .safetensors, a training folder, the authors' folder, or natural64-small.
         images: a folder written by `fastphi pack`.
         out: the φ store: one .npy per noise level and block, and a manifest.
         sigmas: noise levels, in units of images in [0, 1]; default: the authors' twenty.
@@ -117,7 +117,7 @@ def extract(
     import fastphi
 
     store = fastphi.extract(
-        fastphi.load(model, device=device, backend=backend),
+        fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend),
         images,
         out,
         sigmas=sigmas,
@@ -194,7 +194,7 @@ def reconstruct(
     Give one kind of target: --images with --indices, --store with --indices, or --phi.
 
     Args:
-        model: a checkpoint: .safetensors, a training folder, or the authors' folder.
+        model: a checkpoint: .safetensors, a training folder, the authors' folder, or natural64-small.
         out: the result, .npz; interrupted work goes on from it.
         images: a pack; the targets are φ of the images at --indices.
         indices: which images of the pack, or rows of the store.
@@ -247,7 +247,7 @@ def sample(
     """Sample images from the denoiser alone (Kadkhodaie & Simoncelli 2021).
 
     Args:
-        model: a checkpoint: .safetensors, a training folder, or the authors' folder.
+        model: a checkpoint: .safetensors, a training folder, the authors' folder, or natural64-small.
         out: the result, .npz; interrupted work goes on from it.
         n: number of images.
         size: side in pixels.

@@ -89,7 +89,7 @@ def reconstruct_command(
         raise ValueError("target: give exactly one of --images, --store and --phi")
     if zero_elsewhere and channels is None:
         raise ValueError("zero_elsewhere: needs --channels")
-    loaded = fastphi.load(model, device=device, backend=backend)
+    loaded = fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend)
     how = None if combine == "none" else combine
     common: dict[str, Any] = {"copies": copies, "sigma": target_sigma}
     clean = None
@@ -131,7 +131,7 @@ def sample_command(
     **options: Any,
 ) -> None:
     """Sample, draw."""
-    loaded = fastphi.load(model, device=device, backend=backend)
+    loaded = fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend)
     result = fastphi.sample(loaded, n, save=out, progress=True, **_ends(options))
     print(f"{out}: {len(result)} images")
     if picture is not None:

@@ -14,8 +14,8 @@ import pytest
 import fastphi
 
 NAMES = """MatchResult PackedImages PhiStore Reconstruction TrainingInfo UNet UNetConfig data engine
-extract load load_authors_checkpoint match_phi noise ops pack reconstruct reference sample save
-targets train validate""".split()
+extract load load_authors_checkpoint load_pretrained match_phi noise ops pack pretrained reconstruct
+reference sample save targets train validate""".split()
 
 
 def test_names_are_pinned():
@@ -43,6 +43,7 @@ def test_unknown_names():
         ),
         ("load", "path device dtype backend"),
         ("load_authors_checkpoint", "folder device dtype backend"),
+        ("load_pretrained", "name device dtype backend"),
         ("save", "model path"),
         ("UNet", "config backend"),
         ("match_phi", "model x target lr max_iter tolerance channels zero_elsewhere"),

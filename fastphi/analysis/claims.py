@@ -97,7 +97,7 @@ def _channel(name: str, text: str) -> Claim:
 
 def _stable_middle(r: Any) -> bool:
     mean = {b: float(np.nanmean(v)) for b, v in r.over_levels().items()}
-    return mean["mid"] > np.mean([v for b, v in mean.items() if b != "mid"])
+    return bool(mean["mid"] > np.mean([v for b, v in mean.items() if b != "mid"]))
 
 
 def _separations(r: Any) -> str:
