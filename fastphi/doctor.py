@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 import fastphi
-from fastphi import engine, ops
+from fastphi import engine, gpu_library, ops
 from fastphi.unet import UNetConfig
 
 _PACKAGES = (
@@ -38,6 +38,7 @@ def report() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "compiled": {"cpu": _compiled("cpu"), "cuda": _compiled("cuda")},
         "triton_kernels": _triton_kernels(),
+        "cudnn": gpu_library.text(),
         "engines": [row for device in _devices() for row in _engines(device)],
     }
 
@@ -53,6 +54,7 @@ def text(found: dict[str, Any]) -> str:
             build = ", ".join(f"{key} {value}" for key, value in build.items())
         lines.append(f"  {name:<6} {build}")
     lines.append(f"  triton {found['triton_kernels']}")
+    lines.append(f"  cuDNN  makes the convolutions of {found['cudnn']}")
     lines += ["", "Engines (default network; a gradient needed: ops, otherwise: runner)"]
     for row in found["engines"]:
         lines.append(f"  {row['device']:<5} {row['dtype']:<9} -> {row['engine']}")

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastphi import ops
+from fastphi import gpu_library, ops
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet, UNetConfig
@@ -21,11 +22,13 @@ _capturing = threading.Lock()  # torch captures with state of the whole process:
 
 
 class Weights(NamedTuple):
-    """Of one layer: packed weight, in the engine's dtype; bias and gamma (C,) float32, or None."""
+    """Of one layer: packed weight, in the engine's dtype; bias and gamma (C,) float32, or None; and
+    cuDNN's form of the weight, where it may be asked (gpu_library.py)."""
 
     weight: Tensor
     bias: Tensor | None
     gamma: Tensor | None
+    library: tuple[Tensor, ...] = ()
 
 
 class Packed:
@@ -34,7 +37,11 @@ class Packed:
     def __init__(self, model: UNet, dtype: torch.dtype, stamp: tuple) -> None:
         self.dtype, self.stamp = dtype, stamp
         self.layers = {
-            name: Weights(_pack(name, module.weight, dtype), *_vectors(module))
+            name: Weights(
+                _pack(name, module.weight, dtype),
+                *_vectors(module),
+                _for_library(name, module, dtype),
+            )
             for name, module in model.named_modules()
             if getattr(module, "weight", None) is not None
         }
@@ -58,7 +65,8 @@ class Packed:
         self.stamp = other.stamp
 
     def _tensors(self) -> list[Tensor]:
-        return [t for layer in self.layers.values() for t in layer if t is not None]
+        found = (t for w in self.layers.values() for t in (*w[:3], *w.library))
+        return [t for t in found if t is not None]
 
 
 def _pack(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,9 +76,20 @@ def _pack(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return first_layer.pack_first_weight(weight, dtype)
     if name.startswith("up"):
         return upsample.pack_upsample_weight(weight, dtype)
-    # a decoder block's first layer reads the up-sampled channels, then the skip's
-    skipped = name.startswith("dec") and name.endswith(".0")
-    return fused_layer.pack_weight(weight, weight.shape[1] // 2 if skipped else None, dtype)
+    split = weight.shape[1] // 2 if _sources(name) == 2 else None
+    return fused_layer.pack_weight(weight, split, dtype)
+
+
+def _sources(name: str) -> int:
+    """2 for a decoder block's first layer, which reads the up-sampled channels, then the skip's."""
+    return 2 if name.startswith("dec") and name.endswith(".0") else 1
+
+
+def _for_library(name: str, module: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    wanted = dtype == torch.bfloat16 and getattr(module, "gamma", None) is not None
+    if not wanted or not gpu_library.table()["rows"]:
+        return ()
+    return gpu_library.split(module.weight, _sources(name), dtype)
 
 
 def _vectors(module: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -213,40 +232,58 @@ class Plan:
     def _layer(
         self, name: str, r: Tensor, s: Tensor, skip: Any, *, keep: bool, pool: bool, mean: Any
     ) -> tuple[Any, Any, Tensor]:
-        from fastphi.triton_kernels import first_layer, fused_layer
+        layer = self.packed.layers[name]
+        (n, height, width, _), c_out = r.shape, len(layer.weight)
+        r_out = self._take((n, height, width, c_out)) if keep else None
+        pooled = self._take((n, height // 2, width // 2, c_out)) if pool else None
+        options: dict[str, Any] = dict(r_out=r_out, pooled=pooled)
+        s_out = self.ones
+        launch, inputs, partials, sums = self._kernel(name, r, s, skip, options)
+        if layer.gamma is not None:
+            options["partials"] = self._take((n, partials(), 3), torch.float32)
+            s_out = self._new((n,), torch.float32)
+        if mean is not None:
+            options["sums"] = self._take((n, sums(), c_out), torch.float32)
+        self.launches.append(lambda: launch(*inputs, **options))
+        if (parts := options.get("partials")) is not None:
+            eps = self.config.eps
+            self.launches.append(lambda: ops.combine_stats(parts, eps, s_out))
+        if (added := options.get("sums")) is not None:
+            self.launches.append(lambda: ops.combine_means(added, s_out, height * width, mean))
+        self._give(parts, added, options.get("r2"), None if r is self.image else r)
+        return r_out, pooled, s_out
+
+    def _kernel(
+        self, name: str, r: Tensor, s: Tensor, skip: Any, options: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...], Callable[[], int], Callable[[], int]]:
+        """Launcher and arguments of a layer, and how many partial statistics and sums an image has."""
+        from fastphi.triton_kernels import epilogue, first_layer, fused_layer
 
         layer = self.packed.layers[name]
         (n, height, width, c), c_out = r.shape, len(layer.weight)
-        r_out = self._take((n, height, width, c_out)) if keep else None
-        pooled = self._take((n, height // 2, width // 2, c_out)) if pool else None
         place = (height, width, self.packed.dtype, self.device)
-        options: dict[str, Any] = dict(r_out=r_out, pooled=pooled, precision=self.precision)
-        scratch, s_out = [], self.ones
-        r2, s2 = skip or (None, None)
         if name == "enc1.0":
-            launch: Any = first_layer.first_layer_fwd
+            options["precision"] = self.precision
             inputs: tuple[Any, ...] = (r, layer.weight, layer.bias)
-            parts = first_layer.sums_per_image(c_out, *place)
-        else:
-            launch, inputs = fused_layer.fused_layer_fwd, (r, s, *layer)
-            c_in = (c,) if r2 is None else (c, r2.shape[3])
-            parts = fused_layer.sums_per_image(c_in, c_out, *place)
-            options |= dict(r2=r2, s2=s2)
-            if layer.gamma is not None:
-                t = fused_layer.partials_per_image(c_in, c_out, *place)
-                options["partials"] = self._take((n, t, 3), torch.float32)
-                s_out = self._new((n,), torch.float32)
-        if mean is not None:
-            options["sums"] = self._take((n, parts, c_out), torch.float32)
-        self.launches.append(lambda: launch(*inputs, **options))
-        if (partials := options.get("partials")) is not None:
-            eps = self.config.eps
-            self.launches.append(lambda: ops.combine_stats(partials, eps, s_out))
-        if (sums := options.get("sums")) is not None:
-            self.launches.append(lambda: ops.combine_means(sums, s_out, height * width, mean))
-        scratch += [partials, sums, r2, None if r is self.image else r]
-        self._give(*scratch)
-        return r_out, pooled, s_out
+            sums = partial(first_layer.sums_per_image, c_out, *place)
+            return first_layer.first_layer_fwd, inputs, sums, sums
+        r2, s2 = skip or (None, None)
+        options |= dict(r2=r2, s2=s2)
+        c_in = (c,) if r2 is None else (c, r2.shape[3])
+        if layer.library and gpu_library.takes(c_in, c_out, height, width, n, self.device):
+            return (
+                gpu_library.layer_fwd,
+                (r, s, layer.library, layer.bias, layer.gamma),
+                partial(epilogue.partials_per_image, c_out, *place),
+                partial(epilogue.sums_per_image, c_out, *place),
+            )
+        options["precision"] = self.precision
+        return (
+            fused_layer.fused_layer_fwd,
+            (r, s, layer.weight, layer.bias, layer.gamma),
+            partial(fused_layer.partials_per_image, c_in, c_out, *place),
+            partial(fused_layer.sums_per_image, c_in, c_out, *place),
+        )
 
     def _upsample(self, name: str, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         from fastphi.triton_kernels import upsample

@@ -15,7 +15,7 @@ import torch
 from triton_case import DEVICE, INTERPRETED, need_kernels
 
 import fastphi
-from fastphi import engine, gpu, noise, ops, phi, reference
+from fastphi import engine, gpu, gpu_library, noise, ops, phi, reference
 from fastphi.unet import UNet, UNetConfig
 
 need_kernels()
@@ -279,6 +279,34 @@ def test_nothing_is_read_before_it_is_written(until, monkeypatch):
     plan.run()
     found = {"image": plan.denoised} if until is None else plan.means
     assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("name", ["small", "odd"])
+def test_layers_that_a_library_convolves(name, monkeypatch):
+    """By a table that names them; the library's results are rounded to bfloat16 once more."""
+    config, (n, _, height, width) = NETWORKS[name]
+    here = list(torch.cuda.get_device_capability()) if DEVICE.type == "cuda" else None
+    levels = [(c, height >> i) for i, c in enumerate(config.channels)]
+    rows = [
+        dict(capability=here, c_in=c_in, c_out=c, size=size, from_batch=batch)
+        for c, size in levels
+        for c_in, batch in (([c], 1), ([c, c], 2))
+    ]
+    monkeypatch.setattr(gpu_library, "table", lambda: {"machine": {"gpu": "some"}, "rows": rows})
+    model, x = network(name), images(name)[:, :, :, :height].bfloat16()
+    x = torch.nn.functional.pad(x, (0, height - x.shape[3]))
+    calls: list[int] = []
+    layer = gpu_library.layer_fwd
+    monkeypatch.setattr(
+        gpu_library, "layer_fwd", lambda *a, **k: (calls.append(len(a[2])), layer(*a, **k))
+    )
+    runner = gpu.GPURunner(model)
+    want, found = exact(model), runner.denoise(x)
+    near(found, want.denoise(x.double().cpu()), 1.5 * BF16_IMAGE)
+    assert 1 in calls and (2 in calls) == (n >= 2)
+    for block, means in runner.block_means(x).items():
+        near(means, want.block_means(x.double().cpu())[block], BF16_MEANS)
+    assert "from batch 2" in gpu_library.text()
 
 
 # --- behind the seam ---------------------------------------------------------------------------------

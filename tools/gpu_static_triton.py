@@ -25,6 +25,7 @@ import torch
 import triton
 from fastphi.triton_kernels import (
     conv_bwd,
+    epilogue,
     first_layer,
     fused_layer,
     last_layer,
@@ -36,7 +37,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-MODULES = (first_layer, fused_layer, last_layer, upsample, conv_bwd, norm_bwd)
+MODULES = (epilogue, first_layer, fused_layer, last_layer, upsample, conv_bwd, norm_bwd)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can have
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -176,6 +177,25 @@ def image_gradient(c: int, size: int, dtype=BF16) -> None:
     )
 
 
+def after_library(sources: int, c: int, size: int, dtype=BF16) -> None:
+    """The epilogue of a convolution that cuDNN made."""
+    image, half = (BATCH, size, size, c), (BATCH, size // 2, size // 2, c)
+    slots = epilogue.partials_per_image(c, size, size, dtype, CPU)
+    boxes = epilogue.sums_per_image(c, size, size, dtype, CPU)
+    two = dict(c2=torch.empty(image, dtype=dtype), s2=torch.empty(BATCH)) if sources == 2 else {}
+    epilogue.epilogue_fwd(
+        torch.empty(image, dtype=dtype),
+        torch.empty(BATCH),
+        torch.empty(c),
+        torch.empty(c),
+        r_out=torch.empty(image, dtype=dtype),
+        pooled=torch.empty(half, dtype=dtype),
+        partials=torch.empty(BATCH, slots, 3),
+        sums=torch.empty(BATCH, boxes, c),
+        **two,
+    )
+
+
 Case = tuple[str, Callable[[], None]]
 
 
@@ -244,6 +264,9 @@ def others() -> Iterator[Case]:
                 f"fp32 {precision} {c}+{c}→{c} @32",
                 lambda c=c, p=precision: layer((c, c), c, 32, FP32, last=True, precision=p),
             )
+    for sources, c, size in ((1, 64, 64), (2, 64, 64), (1, 512, 8), (1, 20, 20)):
+        name = f"after cuDNN: {c} @{size}, {sources} of them"
+        yield name, lambda n=sources, c=c, size=size: after_library(n, c, size)
     yield "fp32 up 64→32", lambda: up(64, 32, 16, FP32)
     yield "fp32 first 3→64", lambda: first(3, 64, 64, FP32, pooled=True)
     yield "fp32 last 64→3", lambda: last(64, 3, 64, FP32)
@@ -382,7 +405,7 @@ def faults(row: dict) -> list[str]:
     if row["serialised"]:
         found.append("serialised wgmma")
     wide = row["descriptors"] and int(row["tile"].split("× ")[1].split(",")[0]) >= 64
-    if wide and not row["wgmma"]:
+    if wide and not row["wgmma"] and row["kernel"] != "epilogue_fwd_kernel":
         found.append("no wgmma")
     if row["descriptors"] and row["tma_loads"] + row["tma_stores"] == 0:
         found.append("no tensor copies")

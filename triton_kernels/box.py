@@ -213,3 +213,60 @@ def store_outputs(
     if r_out is not None:
         store_box(r_out, z, image, y0, x0, channel, N, H, W, COUT, TN, TH, TW,
                   BLOCK_N, DESCRIPTORS, UPCAST)  # fmt: skip
+
+
+@jit
+def finish(
+    z,  # (BLOCK_N, TN·TH·TW) fp32: scaled, with its bias
+    gamma,  # (COUT,) fp32 or None
+    r_out,  # as in store_outputs
+    pooled,
+    partials,  # (N, boxes·BLOCKS, 3) fp32 or None
+    sums,
+    place,
+    boxes,
+    block,
+    BLOCKS: tl.constexpr,  # of channels
+    image,
+    y0,
+    x0,
+    channel,
+    N,
+    H,
+    W,
+    COUT: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,  # some boxes reach beyond the image
+    RELU: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """What a layer does with z: count, mean, M2 of the box; gain; ReLU; its outputs."""
+    PIXELS: tl.constexpr = TH * TW
+    if partials is not None:
+        n = image + tl.arange(0, TN)
+        m = tl.arange(0, TN * PIXELS)
+        co = channel + tl.arange(0, BLOCK_N)
+        inside = (co < COUT)[:, None] & ((y0 + m // TW % TH < H) & (x0 + m % TW < W))[None, :]
+        count = (
+            tl.minimum(H - y0, TH) * tl.minimum(W - x0, TW) * tl.minimum(COUT - channel, BLOCK_N)
+        )
+        count = count.to(tl.float32)
+        kept = tl.where(inside, z, 0.0) if MASKED else z
+        mean = tl.sum(channel_sums(kept, TN, PIXELS), axis=0) / count
+        kept = z - per_pixel(mean, TN, PIXELS)
+        kept = tl.where(inside, kept, 0.0) if MASKED else kept
+        m2 = tl.sum(channel_sums(kept * kept, TN, PIXELS), axis=0)
+        at = partials + (n.to(tl.int64) * (boxes * BLOCKS) + place * BLOCKS + block) * 3
+        tl.store(at, tl.zeros((TN,), tl.float32) + count, mask=n < N)
+        tl.store(at + 1, mean, mask=n < N)
+        tl.store(at + 2, m2, mask=n < N)
+    if gamma is not None:
+        z *= load_channels(gamma, channel, COUT, BLOCK_N)
+    if RELU:
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    store_outputs(z, r_out, pooled, sums, place, boxes, image, y0, x0, channel, N, H, W, COUT,
+                  TN, TH, TW, BLOCK_N, MASKED, DESCRIPTORS, UPCAST)  # fmt: skip

@@ -32,15 +32,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .box import (
-    accumulate,
-    channel_sums,
-    idle,
-    load_channels,
-    per_pixel,
-    store_box,
-    store_outputs,
-)
+from .box import accumulate, finish, idle, load_channels, per_pixel, store_box
 from .support import (
     DTYPES,
     capability,
@@ -125,32 +117,11 @@ def fused_layer_fwd_kernel(
     z = acc * per_pixel(scale, TN, PIXELS)
     if bias is not None:
         z += load_channels(bias, channel, COUT, BLOCK_N)
-    m = tl.arange(0, TN * PIXELS)
-    co = channel + tl.arange(0, BLOCK_N)
-    inside = (co < COUT)[:, None] & ((y0 + m // TW % TH < H) & (x0 + m % TW < W))[None, :]
-    if partials is not None:
-        count = (
-            tl.minimum(H - y0, TH) * tl.minimum(W - x0, TW) * tl.minimum(COUT - channel, BLOCK_N)
-        )
-        count = count.to(tl.float32)
-        kept = tl.where(inside, z, 0.0) if MASKED else z
-        mean = tl.sum(channel_sums(kept, TN, PIXELS), axis=0) / count
-        kept = z - per_pixel(mean, TN, PIXELS)
-        kept = tl.where(inside, kept, 0.0) if MASKED else kept
-        m2 = tl.sum(channel_sums(kept * kept, TN, PIXELS), axis=0)
-        at = partials + (n.to(tl.int64) * (boxes * BLOCKS) + place * BLOCKS + block) * 3
-        tl.store(at, tl.zeros((TN,), tl.float32) + count, mask=n < N)
-        tl.store(at + 1, mean, mask=n < N)
-        tl.store(at + 2, m2, mask=n < N)
     if z_out is not None:
         store_box(z_out, z, image, y0, x0, channel, N, H, W, COUT, TN, TH, TW, BLOCK_N,
                   DESCRIPTORS, UPCAST)  # fmt: skip
-    if gamma is not None:
-        z *= load_channels(gamma, channel, COUT, BLOCK_N)
-    if RELU:
-        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    store_outputs(z, r_out, pooled, sums, place, boxes, image, y0, x0, channel, N, H, W, COUT,
-                  TN, TH, TW, BLOCK_N, MASKED, DESCRIPTORS, UPCAST)  # fmt: skip
+    finish(z, gamma, r_out, pooled, partials, sums, place, boxes, block, BLOCKS, image, y0, x0,
+           channel, N, H, W, COUT, TN, TH, TW, BLOCK_N, MASKED, RELU, DESCRIPTORS, UPCAST)  # fmt: skip
 
 
 def pack_weight(weight: Tensor, split: int | None, dtype: torch.dtype) -> Tensor:

@@ -87,6 +87,13 @@ FIRST = {
     "float32": Row(1, 64, 64, 64, 4, 1),
 }
 
+# The epilogue alone: bound by memory. 32 values to a thread, many programs to a multiprocessor.
+EPILOGUE = {
+    "sm_90 descriptors": Row(1, 64, 64, 64, 4, 1),
+    "pointers": Row(1, 64, 64, 64, 4, 1),
+    "float32": Row(1, 64, 32, 64, 4, 1),
+}
+
 # The last layer: bound by its loads, 16 KB a step; many programs and steps in flight.
 LAST = {
     "sm_90 descriptors": Row(1, 128, 16, 64, 4, 4),
@@ -168,6 +175,12 @@ def norm_bwd_block(channels: int) -> tuple[int, int]:
     """(pixels, channels) of a program of `norm_bwd`."""
     block_c = min(NORM_BWD_CHANNELS, max(16, power_of_two(channels)))
     return NORM_BWD_VALUES // block_c, block_c
+
+
+def epilogue_tile(c_out: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:
+    """Of the epilogue alone: no product, so block_k says nothing."""
+    kind = kind_of(dtype, capability, c_out)
+    return _tile(kind, EPILOGUE[kind], c_out, (64,), H, W)
 
 
 def last_tile(c: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:

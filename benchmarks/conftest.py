@@ -1,0 +1,77 @@
+"""pytest benchmarks/ [--benchmark-json FILE] [--results FILE]
+
+Without pytest-benchmark, a fixture of the same name runs each case once; the times, which are the
+suites' own (support.py), are those of --results all the same.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import support  # noqa: E402
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--results", type=Path, help="JSON, written after every case")
+
+
+@pytest.fixture(scope="session")
+def results(request) -> support.Results:
+    return support.Results(request.config.getoption("--results"))
+
+
+@pytest.fixture(scope="session")
+def peaks(results) -> dict[str, float]:
+    """What the GPU can do, measured in this run."""
+    found = support.peaks()
+    results.put(peaks=found)
+    return found
+
+
+if importlib.util.find_spec("pytest_benchmark") is None:
+
+    @pytest.fixture
+    def benchmark() -> Any:
+        def pedantic(call, **options):
+            return call()
+
+        return SimpleNamespace(pedantic=pedantic, extra_info={}, group=None)
+
+
+@pytest.fixture
+def timed(benchmark, results) -> Callable[..., dict[str, Any]]:
+    """timed(case, call): times a call, fills in the case, keeps it; returns its percentiles."""
+
+    def run(case: dict[str, Any], call: Callable[[], Any], **options: Any) -> dict[str, Any]:
+        on_gpu = torch.cuda.is_available()
+        times = (support.gpu_times if on_gpu else support.wall_times)(call, **options)
+        found = case | {"seconds": support.summary(times)}
+        if "images" in case:
+            found["images_per_second"] = case["images"] / found["seconds"]["median"]
+        if "bound" in case:
+            found["percent_of_bound"] = 100 * case["bound"] / found["seconds"]["median"]
+        results.add(found)
+        if not benchmark.extra_info:  # of the first that a test times
+            benchmark.extra_info.update(found)
+
+            def once():
+                call()
+                if on_gpu:
+                    torch.cuda.synchronize()
+
+            benchmark.pedantic(once, rounds=3)
+        return found
+
+    return run
