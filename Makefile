@@ -3,6 +3,8 @@
 # make check  set up, linters and types (what CI runs beside the tests)
 # make gpu-static  what can be checked of the GPU engine without a GPU: needs nvcc (CUDA 13), downloads
 #             a torch with CUDA and two Tritons into CACHE (3 GB)
+# make gpu-suite PART="build tests"  what is to be run where a GPU is: tools/gpu_suite.py says which parts
+#             there are; with PYTHON, which must have a torch with CUDA, into OUT=out/gpu; no network
 #
 # Set-up is the project's own virtual environment, .venv, with the compiled extension. Variables:
 #   TORCH=torch==2.13.0  the torch to install      PYTHON=python3  the Python to use
@@ -21,7 +23,7 @@ BIN  := $(VENV)/bin
 C_FILES := find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test check format wheel doctor gpu-static clean
+.PHONY: setup demo test check format wheel doctor gpu-static gpu-suite clean
 
 setup: $(VENV)/built
 
@@ -67,6 +69,10 @@ doctor: setup
 
 gpu-static: setup
 	$(BIN)/python tools/gpu_static.py --cache "$(CACHE)"
+
+PART ?= build tests
+gpu-suite:
+	$(PYTHON) tools/gpu_suite.py --out "$(if $(filter file,$(origin OUT)),out/gpu,$(OUT))" $(PART)
 
 clean:
 	rm -rf build dist *.egg-info fastphi/*.so out

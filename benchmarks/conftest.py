@@ -52,11 +52,14 @@ if importlib.util.find_spec("pytest_benchmark") is None:
 
 @pytest.fixture
 def timed(benchmark, results) -> Callable[..., dict[str, Any]]:
-    """timed(case, call): times a call, fills in the case, keeps it; returns its percentiles."""
+    """timed(case, call): times a call, or takes `times`, fills in the case and keeps it."""
 
-    def run(case: dict[str, Any], call: Callable[[], Any], **options: Any) -> dict[str, Any]:
-        on_gpu = torch.cuda.is_available()
-        times = (support.gpu_times if on_gpu else support.wall_times)(call, **options)
+    def run(
+        case: dict[str, Any], call: Callable[[], Any], times: Any = None, **options: Any
+    ) -> dict[str, Any]:
+        on_gpu = case.get("device", "cuda") == "cuda"
+        if times is None:
+            times = (support.gpu_times if on_gpu else support.wall_times)(call, **options)
         found = case | {"seconds": support.summary(times)}
         if "images" in case:
             found["images_per_second"] = case["images"] / found["seconds"]["median"]

@@ -39,7 +39,7 @@ def launch(x: Inputs, convs: list[torch.Tensor], dtype: torch.dtype) -> Outputs:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @each_dtype
 def test_values(case, dtype):
-    """Against the fused layer's oracle, given the rounded convolutions as its images and 1 as its kernel."""
+    """Against the fused layer's oracle: the rounded convolutions as images, the identity as kernel."""
     x = make(case, dtype)
     sources = [x.r] if x.r2 is None else [x.r, x.r2]
     parts = x.weight.double().cpu().split([r.shape[3] for r in sources], dim=1)
