@@ -35,7 +35,8 @@ import gpu_tables
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 510  # seconds of a part
 DOCTOR = "from fastphi import doctor; print(doctor.text(doctor.report()))"
-READY = "from fastphi import gpu; import sys, torch; sys.exit(gpu.missing() or '')"
+READY = "from fastphi import gpu; import sys; sys.exit(gpu.missing())"
+GPU = "import torch; print(torch.cuda.is_available())"
 MACHINE = "import json, support; print(json.dumps(support.machine()))"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Under a sanitizer: nothing that captures (no cached memory there) or traces.
@@ -155,6 +156,8 @@ def benchmarks(file: str, *options: str) -> Callable[[Path], str]:
         if importlib.util.find_spec("pytest_benchmark") is not None:
             command += ["--benchmark-columns=median,rounds", "--benchmark-disable-gc"]
         wrong, _ = run(command, LIMIT)
+        if not read(path).get("cases"):
+            wrong = wrong or "nothing was measured"
         write(path, read(path) | {"ended": wrong})
         return wrong
 
@@ -188,6 +191,8 @@ def main() -> None:
     parts = [p for given in options.parts for p in SEVERAL.get(given, (given,))]
     if "build" not in parts and not ready():
         parts.insert(0, "build")
+    if said(GPU) != "True":
+        print("No GPU is visible: whatever needs one is skipped.")
     bad: dict[str, str] = {}
     for part in parts:
         path = out / f"{part}.json"
