@@ -365,7 +365,9 @@ def inspect(name: str, call, capability: int) -> dict:
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", verbose)))
     t = constants
     if "TN" in t:
-        tile = f"{t['TN']}×{t['TH']}×{t['TW']} × {t['BLOCK_N']}, k {t.get('BLOCK_K', t.get('K'))}"
+        tile = (
+            f"{t['TN']}×{t['TH']}×{t['TW']} × {t['BLOCK_N']}, k {t.get('BLOCK_K', t.get('K', 0))}"
+        )
     else:
         tile = f"{t['BLOCK_P']} × {t['BLOCK_C']}"
     return {
