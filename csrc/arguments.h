@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.h"
+#include "match.h"
 #include "pixel.h"
 
 namespace fastphi {
@@ -76,6 +77,15 @@ inline void check_combine_stats(Device device, const Tensor& partials, const Ten
   check(s, "s", device, partials, {ScalarType::Float}, {n});
 }
 
+// partials (N, T, 3); s, mean, std (N,)
+inline void check_combine_moments(Device device, const Tensor& partials, const Tensor& s,
+                                  const Tensor& mean, const Tensor& std) {
+  check_combine_stats(device, partials, s);
+  const i64 n = partials.sizes()[0];
+  check(mean, "mean", device, partials, {ScalarType::Float}, {n});
+  check(std, "std", device, partials, {ScalarType::Float}, {n});
+}
+
 // sums (N, T, C), s (N,), means (N, C)
 inline void check_combine_means(Device device, const Tensor& sums, const Tensor& s, int64_t pixels,
                                 const Tensor& means) {
@@ -143,6 +153,80 @@ inline NoisyImages check_noisy_image(Device device, const Tensor& images,
           data<int64_t>(sample),
           data<int64_t>(draw),
           out.mutable_data_ptr()};
+}
+
+// The arguments of match_loss as the kernels take them: phi, target, d_r (N, C), weight (C,),
+// settings (3,), losses (T, N), all else (N,).
+inline MatchLoss check_match_loss(Device device, const Tensor& phi, const Tensor& target,
+                                  const Tensor& weight, const Tensor& s, int64_t pixels,
+                                  const Tensor& settings, const Tensor& losses,
+                                  const Tensor& updates, const Tensor& active,
+                                  const Tensor& converged, const Tensor& d_r, const Tensor& d_s) {
+  const i64 n = size_of(phi, 0), c = size_of(phi, 1);
+  const auto expect = [&](const Tensor& t, const char* name, ScalarType dtype, const Shape& shape) {
+    check(t, name, device, phi, {dtype}, shape);
+  };
+  expect(phi, "phi", ScalarType::Float, {n, ANY});
+  expect(target, "target", ScalarType::Float, {n, c});
+  expect(weight, "weight", ScalarType::Float, {c});
+  expect(s, "s", ScalarType::Float, {n});
+  STD_TORCH_CHECK(pixels > 0, "pixels: expected a positive number, got ", pixels);
+  expect(settings, "settings", ScalarType::Double, {SETTINGS});
+  expect(losses, "losses", ScalarType::Float, {ANY, n});
+  expect(updates, "updates", ScalarType::Long, {n});
+  expect(active, "active", ScalarType::Int, {n});
+  expect(converged, "converged", ScalarType::Int, {n});
+  expect(d_r, "d_r", ScalarType::Float, {n, c});
+  expect(d_s, "d_s", ScalarType::Float, {n, 1});
+  return {n,
+          losses.sizes()[0],
+          static_cast<int>(c),
+          static_cast<float>(pixels),
+          data<float>(phi),
+          data<float>(target),
+          data<float>(weight),
+          data<float>(s),
+          data<double>(settings),
+          mutable_data<float>(losses),
+          mutable_data<i64>(updates),
+          mutable_data<int32_t>(active),
+          mutable_data<int32_t>(converged),
+          mutable_data<float>(d_r),
+          mutable_data<float>(d_s)};
+}
+
+// gradient, x, m, v (N, C, H, W), active, updates (N,), settings (3,), image (N, H, W, C)
+inline MatchAdam check_match_adam(Device device, const Tensor& gradient, const Tensor& active,
+                                  const Tensor& updates, const Tensor& settings, const Tensor& x,
+                                  const Tensor& m, const Tensor& v, const Tensor& image) {
+  const i64 n = size_of(x, 0);
+  check(x, "x", device, x, {ScalarType::Float}, {n, ANY, ANY, ANY});
+  const Shape shape = shape_of(x);
+  check_image_size(shape[1], shape[2], shape[3]);
+  for (const auto& [t, name] : {std::pair{&gradient, "gradient"}, {&m, "m"}, {&v, "v"}})
+    check(*t, name, device, x, {ScalarType::Float}, shape);
+  check(active, "active", device, x, {ScalarType::Int}, {n});
+  check(updates, "updates", device, x, {ScalarType::Long}, {n});
+  check(settings, "settings", device, x, {ScalarType::Double}, {SETTINGS});
+  check(image, "image", device, x, {ScalarType::Float, ScalarType::BFloat16},
+        {n, shape[2], shape[3], shape[1]});
+  return {n,
+          static_cast<int>(shape[1]),
+          static_cast<int>(shape[2] * shape[3]),
+          data<float>(gradient),
+          data<int32_t>(active),
+          data<i64>(updates),
+          data<double>(settings),
+          mutable_data<float>(x),
+          mutable_data<float>(m),
+          mutable_data<float>(v),
+          image.mutable_data_ptr()};
+}
+
+// active (N,), remaining (1,)
+inline void check_match_remaining(Device device, const Tensor& active, const Tensor& remaining) {
+  check(active, "active", device, active, {ScalarType::Int}, {active.numel()});
+  check(remaining, "remaining", device, active, {ScalarType::Int}, {1});
 }
 
 }  // namespace fastphi

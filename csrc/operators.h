@@ -35,10 +35,17 @@ Tensor pack_upsample_weights(Tensor weight);
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width);
 void combine_stats(Tensor partials, double eps, Tensor s);
+void combine_moments(Tensor partials, double eps, Tensor s, Tensor mean, Tensor std);
 void combine_means(Tensor sums, Tensor s, int64_t pixels, Tensor means);
 void noisy_image(Tensor images, OptionalTensor rows, Tensor sigma, int64_t seed, Tensor sample,
                  int64_t stream, Tensor draw, Tensor out);
 void image_to_nhwc(Tensor image, Tensor out);
 void image_to_nchw(Tensor image, Tensor out);
+void match_loss(Tensor phi, Tensor target, Tensor weight, Tensor s, int64_t pixels, Tensor settings,
+                Tensor losses, Tensor updates, Tensor active, Tensor converged, Tensor d_r,
+                Tensor d_s);
+void match_adam(Tensor gradient, Tensor active, Tensor updates, Tensor settings, Tensor x, Tensor m,
+                Tensor v, Tensor image);
+void match_remaining(Tensor active, Tensor remaining);
 
 }  // namespace fastphi

@@ -52,12 +52,23 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
   // The GPU engine's, into buffers that are there: nothing is allocated, no data is read on the
   // host. The CPU has them too, to the same bits, so that the engine can be rehearsed there.
   m.def("combine_stats(Tensor partials, float eps, Tensor(a!) s) -> ()");
+  m.def(
+      "combine_moments(Tensor partials, float eps, Tensor(a!) s, Tensor(b!) mean, Tensor(c!) std) "
+      "-> ()");
   m.def("combine_means(Tensor sums, Tensor s, int pixels, Tensor(a!) means) -> ()");
   m.def(
       "noisy_image(Tensor images, Tensor? rows, Tensor sigma, int seed, Tensor sample, int stream, "
       "Tensor draw, Tensor(a!) out) -> ()");
   m.def("image_to_nhwc(Tensor image, Tensor(a!) out) -> ()");
   m.def("image_to_nchw(Tensor image, Tensor(a!) out) -> ()");
+  m.def(
+      "match_loss(Tensor phi, Tensor target, Tensor weight, Tensor s, int pixels, Tensor settings, "
+      "Tensor(a!) losses, Tensor(b!) updates, Tensor(c!) active, Tensor(d!) converged, Tensor(e!) "
+      "d_r, Tensor(f!) d_s) -> ()");
+  m.def(
+      "match_adam(Tensor gradient, Tensor active, Tensor updates, Tensor settings, Tensor(a!) x, "
+      "Tensor(b!) m, Tensor(c!) v, Tensor(d!) image) -> ()");
+  m.def("match_remaining(Tensor active, Tensor(a!) remaining) -> ()");
   m.def("cuda_build_info() -> str");
 }
 
@@ -92,10 +103,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("match_steps", TORCH_BOX(&match_steps));
   m.impl("noise_normal", TORCH_BOX(&noise_normal));
   m.impl("combine_stats", TORCH_BOX(&combine_stats));
+  m.impl("combine_moments", TORCH_BOX(&combine_moments));
   m.impl("combine_means", TORCH_BOX(&combine_means));
   m.impl("noisy_image", TORCH_BOX(&noisy_image));
   m.impl("image_to_nhwc", TORCH_BOX(&image_to_nhwc));
   m.impl("image_to_nchw", TORCH_BOX(&image_to_nchw));
+  m.impl("match_loss", TORCH_BOX(&match_loss));
+  m.impl("match_adam", TORCH_BOX(&match_adam));
+  m.impl("match_remaining", TORCH_BOX(&match_remaining));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastphi, CompositeExplicitAutograd, m) {

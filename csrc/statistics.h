@@ -28,9 +28,10 @@ FASTPHI_INLINE Moments merge(const Moments& a, const Moments& b) {
   return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
 }
 
-// The scalar of the deferred norm: 1/(std + eps), the std over all values, biased.
+// The std over all values, biased, and the scalar of the deferred norm: 1/(std + eps).
+FASTPHI_INLINE float spread(const Moments& all) { return sqrtf(all.m2 / all.count); }
 FASTPHI_INLINE float inverse_std(const Moments& all, float eps) {
-  return 1.0f / (sqrtf(all.m2 / all.count) + eps);
+  return 1.0f / (spread(all) + eps);
 }
 
 // s * sum / pixels; the sum is divided first, as s may be very small or large.

@@ -82,7 +82,7 @@ class Engine:
 ENGINES = (
     Engine(
         "cuda",
-        "Triton and CUDA kernels (triton_kernels, csrc/cuda); gradients and matching: plain PyTorch",
+        "Triton and CUDA kernels (triton_kernels, csrc/cuda); gradients for training: plain PyTorch",
         "cuda",
         reference.ReferenceOps(),
         gpu.GPURunner,

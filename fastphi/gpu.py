@@ -1,7 +1,7 @@
 """The GPU engine: Triton and CUDA kernels (triton_kernels/, csrc/cuda/), one CUDA graph per batch size.
 
 Computes in bfloat16 (tensor cores, sums and statistics in float32), or in float32 with products as
-torch's convolutions make them (`torch.backends.cudnn.conv.fp32_precision`). Gradients are plain PyTorch's.
+torch's convolutions make them (`torch.backends.cudnn.conv.fp32_precision`). Gradients for training are plain PyTorch's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastphi import gpu_plan, ops, reference
+from fastphi import gpu_match, gpu_plan, ops
+from fastphi.gpu_match import MatchPlan
 from fastphi.gpu_plan import Packed, Plan, widths
 
 if TYPE_CHECKING:
@@ -145,8 +146,26 @@ class GPURunner:
 
         return self._means(x, until, fill)
 
-    def match(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return reference.ReferenceRunner(self.model).match(*arguments, **options)
+    @torch.no_grad()
+    def match(
+        self, x: Tensor, target: Tensor, weight: Tensor, lr: float, max_iter: int, tolerance: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        parts = []
+        with self._lock:
+            for rows, plan in self._parts(x, "match", max_iter):
+                try:
+                    plan.start(x[rows], target[rows], weight, lr, max_iter, tolerance)
+                    plan.loop(max_iter)
+                    parts.append(plan.results(rows.stop - rows.start, max_iter, x))
+                finally:  # an interrupt, too: what is queued may still work in the memory
+                    plan.used()
+        images, losses, updates, converged = zip(*parts, strict=True)
+        return (
+            torch.cat(images),
+            torch.cat(losses, dim=1),
+            torch.cat(updates),
+            torch.cat(converged),
+        )
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -169,8 +188,11 @@ class GPURunner:
                 plan.used()
         return out
 
-    def _parts(self, x: Tensor, until: str | None) -> Any:
-        """(rows, the plan that serves them) of each part of a batch, the device made current."""
+    def _parts(self, x: Tensor, until: str | None, max_iter: int = 0) -> Any:
+        """(rows, the plan that serves them) of each part of a batch, the device made current.
+
+        until: what the plan is for: the block to stop after, None for the image, or "match".
+        """
         dtype = ops.compute_dtype(x)
         most = max(1, CHUNK // (x.shape[2] * x.shape[3]))
         with torch.cuda.device(x.device if x.is_cuda else -1):
@@ -180,7 +202,10 @@ class GPURunner:
                 rows = slice(start, min(start + most, len(x)))
                 shape = (rows.stop - start, *x.shape[2:])
                 with _lasting():
-                    plan = self._plan(shape, packed, x.device, until)
+                    if until == "match":
+                        plan: Plan = self._match_plan(shape, packed, x.device, max_iter)
+                    else:
+                        plan = self._plan(shape, packed, x.device, until)
                 yield rows, plan
 
     def _pack(self, dtype: torch.dtype) -> Packed:
@@ -208,14 +233,30 @@ class GPURunner:
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, until: str | None
     ) -> Plan:
         precision = _products(packed.dtype)
-        key = (shape, packed.dtype, device, until, precision)
-        plan = self._plans.get(key)
-        if plan is None:
+        return self._kept(
+            (shape, packed.dtype, device, until, precision),
+            lambda: Plan(self.model.config, packed, shape, device, until, precision),
+        )
+
+    def _match_plan(
+        self, shape: tuple[int, ...], packed: Packed, device: torch.device, max_iter: int
+    ) -> MatchPlan:
+        precision = _products(packed.dtype)
+        shape, rows = (gpu_match.capacity(shape[0]), *shape[1:]), gpu_match.rows_for(max_iter)
+        plan = self._kept(
+            (shape, packed.dtype, device, "match", rows, precision),
+            lambda: MatchPlan(self.model, packed, shape, device, precision, rows),
+        )
+        plan.refresh(self.model)
+        return plan
+
+    def _kept(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """The plan of this key, made when first asked for, ready to be used on the current stream."""
+        if key not in self._plans:
             free = [k for k, p in self._plans.items() if not p.held]
             if len(free) >= KEPT:
                 del self._plans[free[0]]
-            plan = Plan(self.model.config, packed, shape, device, until, precision)
-            self._plans[key] = plan
+            self._plans[key] = make()
         self._plans.move_to_end(key)
-        plan.wait()
-        return plan
+        self._plans[key].wait()
+        return self._plans[key]

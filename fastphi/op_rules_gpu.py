@@ -44,6 +44,48 @@ def _combine_stats_fake(partials, eps, s) -> None:
     expect_like(s, "s", partials, _F32, (n,))
 
 
+def _combine_moments_fake(partials, eps, s, mean, std) -> None:
+    _combine_stats_fake(partials, eps, s)
+    for t, name in ((mean, "mean"), (std, "std")):
+        expect_like(t, name, partials, _F32, (partials.shape[0],))
+
+
+def _match_loss_fake(
+    phi, target, weight, s, pixels, settings, losses, updates, active, converged, d_r, d_s
+) -> None:
+    n, c = _size(phi, 0), _size(phi, 1)
+    expect_like(phi, "phi", phi, _F32, (n, None))
+    expect_like(target, "target", phi, _F32, (n, c))
+    expect_like(weight, "weight", phi, _F32, (c,))
+    expect_like(s, "s", phi, _F32, (n,))
+    if pixels <= 0:
+        raise RuntimeError(f"pixels: expected a positive number, got {pixels}")
+    expect_like(settings, "settings", phi, (torch.float64,), (3,))
+    expect_like(losses, "losses", phi, _F32, (None, n))
+    expect_like(updates, "updates", phi, (torch.int64,), (n,))
+    expect_like(active, "active", phi, (torch.int32,), (n,))
+    expect_like(converged, "converged", phi, (torch.int32,), (n,))
+    expect_like(d_r, "d_r", phi, _F32, (n, c))
+    expect_like(d_s, "d_s", phi, _F32, (n, 1))
+
+
+def _match_adam_fake(gradient, active, updates, settings, x, m, v, image) -> None:
+    n = _size(x, 0)
+    expect_like(x, "x", x, _F32, (n, None, None, None))
+    for t, name in ((gradient, "gradient"), (m, "m"), (v, "v")):
+        expect_like(t, name, x, _F32, tuple(x.shape))
+    expect_like(active, "active", x, (torch.int32,), (n,))
+    expect_like(updates, "updates", x, (torch.int64,), (n,))
+    expect_like(settings, "settings", x, (torch.float64,), (3,))
+    _, c, h, w = x.shape
+    expect_like(image, "image", x, FLOATS, (n, h, w, c))
+
+
+def _match_remaining_fake(active, remaining) -> None:
+    expect_like(active, "active", active, (torch.int32,), (active.numel(),))
+    expect_like(remaining, "remaining", active, (torch.int32,), (1,))
+
+
 def _combine_means_fake(sums, s, pixels, means) -> None:
     n = _size(sums, 0)
     expect_like(sums, "sums", sums, _F32, (n, None, None))
@@ -85,7 +127,11 @@ def _noise_normal_fake(seed, sample, stream, draw, channels, height, width):
 
 FAKES: dict[str, Any] = {
     "combine_stats": _combine_stats_fake,
+    "combine_moments": _combine_moments_fake,
     "combine_means": _combine_means_fake,
+    "match_loss": _match_loss_fake,
+    "match_adam": _match_adam_fake,
+    "match_remaining": _match_remaining_fake,
     "noisy_image": _noisy_image_fake,
     "image_to_nhwc": _image_layout_fake((0, 2, 3, 1)),
     "image_to_nchw": _image_layout_fake((0, 3, 1, 2)),

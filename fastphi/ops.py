@@ -152,6 +152,11 @@ def combine_stats(partials: Tensor, eps: float, s: Tensor) -> None:
     _op("combine_stats")(partials, eps, s)
 
 
+def combine_moments(partials: Tensor, eps: float, s: Tensor, mean: Tensor, std: Tensor) -> None:
+    """`combine_stats`, to the same bits, that also keeps what a gradient needs: mean, std (N,)."""
+    _op("combine_moments")(partials, eps, s, mean, std)
+
+
 def combine_means(sums: Tensor, s: Tensor, pixels: int, means: Tensor) -> None:
     """Sums over parts of an image to channel means: means[n, c] = s[n] Σ_t sums[n, t, c] / pixels.
 
@@ -191,6 +196,58 @@ def image_to_nhwc(image: Tensor, out: Tensor) -> None:
 def image_to_nchw(image: Tensor, out: Tensor) -> None:
     """(N, H, W, C) uint8 (levels of 255), float32 or bfloat16 -> (N, C, H, W) float32 or bfloat16."""
     _op("image_to_nchw")(image, out)
+
+
+def match_loss(
+    phi: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    pixels: int,
+    settings: Tensor,
+    losses: Tensor,
+    updates: Tensor,
+    active: Tensor,
+    converged: Tensor,
+    d_r: Tensor,
+    d_s: Tensor,
+) -> None:
+    """L_i = Σ_c weight_c (φ_ic − target_ic)² of the images that are active, and whether they go on.
+
+    phi = s·mean(r), target: (N, C); weight: (C,); s: (N,); pixels: H·W of r; settings: (3,) float64,
+    lr, tolerance (0: never stop), max_iter. Of active image i, whose updates[i] is t, are written:
+    losses[t, i]; converged[i], whether L_i <= tolerance · losses[0, i]; active[i], 0 where it has
+    converged or t = max_iter; updates[i] = t + 1 where it goes on; and the gradients of its r, the
+    same for every pixel, d_r (N, C), and of its s, d_s (N, 1).
+
+    losses: (T, N); updates: (N,) int64; active, converged: (N,) int32; all else float32.
+    """
+    _op("match_loss")(
+        phi, target, weight, s, pixels, settings, losses, updates, active, converged, d_r, d_s
+    )
+
+
+def match_adam(
+    gradient: Tensor,
+    active: Tensor,
+    updates: Tensor,
+    settings: Tensor,
+    x: Tensor,
+    m: Tensor,
+    v: Tensor,
+    image: Tensor,
+) -> None:
+    """Adam (β 0.9 and 0.999, ε 1e-8) on the active images, update number updates[i], from 1.
+
+    gradient: (N, C, H, W); x, m, v: the same, written; image: (N, H, W, C) float32 or bfloat16,
+    written: x as the network reads it. settings: as in `match_loss`.
+    """
+    _op("match_adam")(gradient, active, updates, settings, x, m, v, image)
+
+
+def match_remaining(active: Tensor, remaining: Tensor) -> None:
+    """How many of the images (N,) are active, into remaining (1,); both int32."""
+    _op("match_remaining")(active, remaining)
 
 
 if _missing is None:

@@ -45,7 +45,26 @@ void nchw(i64 n, int c, int p, const void* image, int in, void* out, int to) {
   launch_image_to_nchw(n, c, p, image, DTYPE(in), out, DTYPE(to), nullptr);
 }
 void stats(i64 n, int slots, const float* partials, float eps, float* s) {
-  launch_combine_stats(n, slots, partials, eps, s, nullptr);
+  launch_combine_stats(n, slots, partials, eps, s, nullptr, nullptr, nullptr);
+}
+void moments(i64 n, int slots, const float* partials, float eps, float* s, float* mean,
+             float* std) {
+  launch_combine_stats(n, slots, partials, eps, s, mean, std, nullptr);
+}
+void loss(i64 n, i64 rows, int c, float pixels, const float* phi, const float* target,
+          const float* weight, const float* s, const double* settings, float* losses, i64* updates,
+          int32_t* active, int32_t* converged, float* d_r, float* d_s) {
+  launch_match_loss({n, rows, c, pixels, phi, target, weight, s, settings, losses, updates, active,
+                     converged, d_r, d_s}, nullptr);
+}
+void adam(i64 n, int c, int pixels, const float* gradient, const int32_t* active,
+          const i64* updates, const double* settings, float* x, float* m, float* v, void* image,
+          int to) {
+  launch_match_adam({n, c, pixels, gradient, active, updates, settings, x, m, v, image}, DTYPE(to),
+                    nullptr);
+}
+void remaining(i64 n, const int32_t* active, int32_t* left) {
+  launch_match_remaining(n, active, left, nullptr);
 }
 void means(i64 n, int slots, int c, const float* sums, const float* s, float pixels, void* out) {
   launch_combine_means(n, slots, c, sums, s, pixels, out, Dtype::FLOAT32, nullptr);
@@ -174,10 +193,50 @@ def check_combine(library: ctypes.CDLL) -> None:
         ops.combine_stats(partials, 1e-5, want)
         call(library.stats, I64(3), slots, partials, F32(1e-5), out)
         same(("combine_stats", slots), out, want)
+        both = [[buffer(3) for _ in range(3)] for _ in range(2)]
+        ops.combine_moments(partials, 1e-5, *both[0])
+        call(library.moments, I64(3), slots, partials, F32(1e-5), *both[1])
+        for a, b in zip(*both, strict=True):
+            same(("combine_moments", slots), b, a)
         want, out = buffer(3, c), buffer(3, c)
         ops.combine_means(sums, s, 64, want)
         call(library.means, I64(3), slots, c, sums, s, F32(64), out)
         same(("combine_means", slots, c), out, want)
+
+
+def check_match(library: ctypes.CDLL, c: int, size: tuple[int, int, int]) -> None:
+    """An image that stops, one that goes on, one that has stopped, one at its last update."""
+    n, settings = 4, torch.tensor([0.01, 0.5, 7], dtype=torch.float64)
+    phi, target, weight = torch.rand(n, c), torch.rand(n, c), torch.rand(c)
+    updates = torch.tensor([3, 0, 2, 7])
+    losses = torch.full((8, n), 1e9)
+    before = [losses, updates, torch.tensor([1, 1, 0, 1], dtype=torch.int32)]
+    before += [torch.full((n,), -1, dtype=torch.int32), buffer(n, c), buffer(n, 1)]
+    ours, theirs = ([t.clone() for t in before] for _ in range(2))
+    s = torch.rand(n) + 0.1
+    ops.match_loss(phi, target, weight, s, 64, settings, *ours)
+    call(
+        library.loss, I64(n), I64(8), c, F32(64), phi, target, weight, s, settings, *theirs
+    )  # fmt: skip
+    ops.match_remaining(ours[2], left := torch.zeros(1, dtype=torch.int32))
+    call(library.remaining, I64(n), theirs[2], also := torch.zeros(1, dtype=torch.int32))
+    if not all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(ours, theirs)):
+        sys.exit(f"the kernel and the CPU's operator differ: match_loss, {c}")
+    if not torch.equal(left, also) or left.item() != 1:
+        sys.exit("match_remaining: the kernel and the CPU's operator differ")
+    gradient, (_, h, w) = torch.randn(n, *size), size
+    state = [torch.rand(n, *size) for _ in range(3)]
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = ([t.clone() for t in state] for _ in range(2))
+        want, out = (buffer(n, h, w, size[0], dtype=dtype) for _ in range(2))
+        active = torch.tensor([1, 1, 0, 1], dtype=torch.int32)
+        ops.match_adam(gradient, active, updates + 1, settings, *ours, want)
+        call(
+            library.adam, I64(n), size[0], h * w, gradient, active, updates + 1, settings, *theirs,
+            out, TYPES[dtype],
+        )  # fmt: skip
+        for a, b in zip([*ours, want], [*theirs, out], strict=True):
+            same(("match_adam", size, dtype), b, a)
 
 
 def check_spatial_mean(library: ctypes.CDLL) -> None:
@@ -204,6 +263,8 @@ def main() -> None:
             check_noise(library, *size)
             check_layouts(library, *size)
         check_combine(library)
+        for c, size in ((1, (3, 8, 8)), (130, (1, 5, 7)), (512, (4, 16, 24))):
+            check_match(library, c, size)
         check_spatial_mean(library)
     print("  every kernel gives what the CPU's operator gives")
 

@@ -21,8 +21,9 @@ __device__ __forceinline__ Moments shuffle_down(const Moments& m, int lanes) {
 }
 
 __global__ void __launch_bounds__(STATS_LANES)
-    combine_stats_kernel(int slots, const float* __restrict__ partials,  // (n, slots, 3)
-                         float eps, float* __restrict__ s) {             // (n)
+    combine_stats_kernel(int slots, const float* __restrict__ partials,        // (n, slots, 3)
+                         float eps, float* __restrict__ s,                     // (n)
+                         float* __restrict__ mean, float* __restrict__ std) {  // (n) or null
   __shared__ Moments lanes[STATS_LANES];
   const i64 i = blockIdx.x;
   const int lane = threadIdx.x;
@@ -36,7 +37,10 @@ __global__ void __launch_bounds__(STATS_LANES)
   if (lane >= WARP) return;
 #pragma unroll
   for (int half = WARP / 2; half > 0; half /= 2) m = merge(m, shuffle_down(m, half));
-  if (lane == 0) s[i] = inverse_std(m, eps);
+  if (lane == 0) {
+    s[i] = inverse_std(m, eps);
+    if (mean) mean[i] = m.mean, std[i] = spread(m);
+  }
 }
 
 template <class Out>
@@ -63,10 +67,10 @@ __global__ void __launch_bounds__(CHANNELS* MEANS_LANES)
 }  // namespace
 
 cudaError_t launch_combine_stats(i64 n, int slots, const float* partials, float eps, float* s,
-                                 cudaStream_t stream) {
+                                 float* mean, float* std, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   combine_stats_kernel<<<static_cast<unsigned>(n), STATS_LANES, 0, stream>>>(slots, partials, eps,
-                                                                             s);
+                                                                             s, mean, std);
   return cudaGetLastError();
 }
 

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../match.h"
 #include "../pixel.h"
 
 namespace fastphi {
@@ -25,9 +26,9 @@ cudaError_t launch_image_to_nhwc(i64 n, int channels, int pixels, const void* im
 cudaError_t launch_image_to_nchw(i64 n, int channels, int pixels, const void* image, Dtype in,
                                  void* out, Dtype to, cudaStream_t stream);
 
-// partials: (n, slots, 3), s: (n)
+// partials: (n, slots, 3), s: (n); mean, std: (n), or both null
 cudaError_t launch_combine_stats(i64 n, int slots, const float* partials, float eps, float* s,
-                                 cudaStream_t stream);
+                                 float* mean, float* std, cudaStream_t stream);
 
 // sums: (n, slots, channels), s: (n) or null for 1, means: (n, channels) float32 or bfloat16
 cudaError_t launch_combine_means(i64 n, int slots, int channels, const float* sums, const float* s,
@@ -38,5 +39,12 @@ cudaError_t launch_combine_means(i64 n, int slots, int channels, const float* su
 int spatial_mean_slots(int pixels, int channels);
 cudaError_t launch_spatial_mean_fwd(i64 n, int pixels, int channels, const void* r, Dtype dtype,
                                     float* sums, void* means, cudaStream_t stream);
+
+cudaError_t launch_match_loss(const MatchLoss& a, cudaStream_t stream);
+cudaError_t launch_match_adam(const MatchAdam& a, Dtype image, cudaStream_t stream);
+
+// active: (n), remaining: (1)
+cudaError_t launch_match_remaining(i64 n, const int32_t* active, int32_t* remaining,
+                                   cudaStream_t stream);
 
 }  // namespace fastphi

@@ -72,7 +72,17 @@ void combine_stats_cuda(Tensor partials, double eps, Tensor s) {
   on_device_of(partials, "combine_stats", [&](cudaStream_t on) {
     return launch_combine_stats(partials.sizes()[0], static_cast<int>(partials.sizes()[1]),
                                 data<float>(partials), static_cast<float>(eps),
-                                mutable_data<float>(s), on);
+                                mutable_data<float>(s), nullptr, nullptr, on);
+  });
+}
+
+void combine_moments_cuda(Tensor partials, double eps, Tensor s, Tensor mean, Tensor std) {
+  check_combine_moments(Device::CUDA, partials, s, mean, std);
+  on_device_of(partials, "combine_moments", [&](cudaStream_t on) {
+    return launch_combine_stats(partials.sizes()[0], static_cast<int>(partials.sizes()[1]),
+                                data<float>(partials), static_cast<float>(eps),
+                                mutable_data<float>(s), mutable_data<float>(mean),
+                                mutable_data<float>(std), on);
   });
 }
 
@@ -101,6 +111,30 @@ Tensor spatial_mean_fwd_cuda(Tensor r) {
   return out;
 }
 
+void match_loss_cuda(Tensor phi, Tensor target, Tensor weight, Tensor s, int64_t pixels,
+                     Tensor settings, Tensor losses, Tensor updates, Tensor active,
+                     Tensor converged, Tensor d_r, Tensor d_s) {
+  const MatchLoss a = check_match_loss(Device::CUDA, phi, target, weight, s, pixels, settings,
+                                       losses, updates, active, converged, d_r, d_s);
+  on_device_of(phi, "match_loss", [&](cudaStream_t on) { return launch_match_loss(a, on); });
+}
+
+void match_adam_cuda(Tensor gradient, Tensor active, Tensor updates, Tensor settings, Tensor x,
+                     Tensor m, Tensor v, Tensor image) {
+  const MatchAdam a =
+      check_match_adam(Device::CUDA, gradient, active, updates, settings, x, m, v, image);
+  on_device_of(x, "match_adam",
+               [&](cudaStream_t on) { return launch_match_adam(a, dtype_of(image), on); });
+}
+
+void match_remaining_cuda(Tensor active, Tensor remaining) {
+  check_match_remaining(Device::CUDA, active, remaining);
+  on_device_of(active, "match_remaining", [&](cudaStream_t on) {
+    return launch_match_remaining(active.numel(), data<int32_t>(active),
+                                  mutable_data<int32_t>(remaining), on);
+  });
+}
+
 // JSON: what was compiled. What runs is the driver's choice.
 std::string cuda_build_info() {
   return "{\"CUDA\": \"" + std::to_string(CUDART_VERSION / 1000) + "." +
@@ -117,8 +151,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CUDA, m) {
   m.impl("image_to_nhwc", TORCH_BOX(&image_to_nhwc_cuda));
   m.impl("image_to_nchw", TORCH_BOX(&image_to_nchw_cuda));
   m.impl("combine_stats", TORCH_BOX(&combine_stats_cuda));
+  m.impl("combine_moments", TORCH_BOX(&combine_moments_cuda));
   m.impl("combine_means", TORCH_BOX(&combine_means_cuda));
   m.impl("spatial_mean_fwd", TORCH_BOX(&spatial_mean_fwd_cuda));
+  m.impl("match_loss", TORCH_BOX(&match_loss_cuda));
+  m.impl("match_adam", TORCH_BOX(&match_adam_cuda));
+  m.impl("match_remaining", TORCH_BOX(&match_remaining_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastphi, CompositeExplicitAutograd, m) {
