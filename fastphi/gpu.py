@@ -1,7 +1,8 @@
 """The GPU engine: Triton and CUDA kernels (triton_kernels/, csrc/cuda/), one CUDA graph per batch size.
 
 Computes in bfloat16 (tensor cores, sums and statistics in float32), or in float32 with products as
-torch's convolutions make them (`torch.backends.cudnn.conv.fp32_precision`). Gradients for training are plain PyTorch's.
+torch's convolutions make them (`torch.backends.cudnn.conv.fp32_precision`). Gradients for training are
+plain PyTorch's.
 """
 
 from __future__ import annotations

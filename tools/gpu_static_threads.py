@@ -220,7 +220,9 @@ def check_match(library: ctypes.CDLL, c: int, size: tuple[int, int, int]) -> Non
     )  # fmt: skip
     ops.match_remaining(ours[2], left := torch.zeros(1, dtype=torch.int32))
     call(library.remaining, I64(n), theirs[2], also := torch.zeros(1, dtype=torch.int32))
-    if not all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(ours, theirs)):
+    if not all(
+        torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(ours, theirs, strict=True)
+    ):
         sys.exit(f"the kernel and the CPU's operator differ: match_loss, {c}")
     if not torch.equal(left, also) or left.item() != 1:
         sys.exit("match_remaining: the kernel and the CPU's operator differ")
