@@ -209,20 +209,22 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
+FAKES_OF_ALL: dict[str, Any] = {
+    "fused_layer_fwd": _fused_layer_fwd_fake,
+    "fused_layer_bwd": _fused_layer_bwd_fake,
+    "upsample_fwd": _upsample_fwd_fake,
+    "upsample_bwd": _upsample_bwd_fake,
+    "avg_pool_fwd": _avg_pool_fwd_fake,
+    "avg_pool_bwd": _avg_pool_bwd_fake,
+    "spatial_mean_fwd": _spatial_mean_fwd_fake,
+    "spatial_mean_bwd": _spatial_mean_bwd_fake,
+    **FAKES,
+}
+
+
 def register() -> None:
     """Tells torch: once, after the library was loaded."""
-    fakes: dict[str, Any] = {
-        "fused_layer_fwd": _fused_layer_fwd_fake,
-        "fused_layer_bwd": _fused_layer_bwd_fake,
-        "upsample_fwd": _upsample_fwd_fake,
-        "upsample_bwd": _upsample_bwd_fake,
-        "avg_pool_fwd": _avg_pool_fwd_fake,
-        "avg_pool_bwd": _avg_pool_bwd_fake,
-        "spatial_mean_fwd": _spatial_mean_fwd_fake,
-        "spatial_mean_bwd": _spatial_mean_bwd_fake,
-        **FAKES,
-    }
-    for name, fake in fakes.items():
+    for name, fake in FAKES_OF_ALL.items():
         register_fake(f"fastphi::{name}", fake)
 
     def pool_backward(ctx, d_out):

@@ -24,10 +24,13 @@ from torch import Tensor
 from fastphi import op_rules
 
 
+HOW = "build it with: pip install --no-build-isolation -e ."
+
+
 def _load(name: str) -> str | None:
     """Loads a shared object beside this file; the reason where that fails."""
     found = sorted(Path(__file__).parent.glob(f"{name}*.so"))
-    how = "build it with: pip install --no-build-isolation -e ."
+    how = HOW
     if not found:
         return f"the compiled library (fastphi/{name}*.so) is not there; {how}"
     try:
@@ -44,6 +47,16 @@ def _load_cuda() -> str | None:
     return reason and f"{reason}, where nvcc and a CUDA torch are found"
 
 
+def _check_age() -> str | None:
+    """What is wrong with a library that was built from older sources."""
+    lacking = [name for name in op_rules.FAKES_OF_ALL if not hasattr(torch.ops.fastphi, name)]
+    return (
+        f"the compiled library is older than the package (no {lacking[0]}); {HOW}"
+        if lacking
+        else None
+    )
+
+
 def _check_isa() -> str | None:
     """What is wrong with FASTPHI_ISA: the library looks at it when it is first used."""
     try:
@@ -53,7 +66,7 @@ def _check_isa() -> str | None:
     return None
 
 
-_missing = _load("_cpu")
+_missing = _load("_cpu") or _check_age()
 _missing_cuda = _missing or _load_cuda()
 _wrong_isa = _check_isa() if _missing is None else None
 
