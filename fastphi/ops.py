@@ -23,7 +23,6 @@ from torch import Tensor
 
 from fastphi import op_rules
 
-
 HOW = "build it with: pip install --no-build-isolation -e ."
 
 
