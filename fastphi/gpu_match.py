@@ -224,7 +224,13 @@ class MatchPlan(Plan):
         partials = self._take((n, slots, 3), torch.float32)
         s_out, mean, std = (self._new((n,), torch.float32) for _ in range(3))
         self._add(
-            fused_layer.fused_layer_fwd, r, s, *weights, z_out=full, partials=partials, **options
+            fused_layer.fused_layer_fwd,
+            r,
+            s,
+            *weights[:3],
+            z_out=full,
+            partials=partials,
+            **options,
         )
         self._add(ops.combine_moments, partials, self.config.eps, s_out, mean, std)
         if form == "means":
