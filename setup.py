@@ -76,6 +76,7 @@ SOURCES = [
     "csrc/cpu/spatial_mean.cpp",
     "csrc/cpu/unet_fwd.cpp",
     "csrc/cpu/upsample.cpp",
+    "csrc/cpu/winograd.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/operators.cpp",

@@ -30,7 +30,7 @@ void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Te
                  Tensor target, Tensor weight, Shape channels, Shape enc_layers, int64_t mid_layers,
                  double eps, std::vector<Tensor> packed, std::vector<Tensor> packed_t, double lr,
                  double tolerance, int64_t start, int64_t steps);
-Tensor pack_conv_weights(Tensor weight, int64_t first, int64_t last, bool transposed);
+Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed);
 Tensor pack_upsample_weights(Tensor weight);
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width);

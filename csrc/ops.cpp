@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "Tensor");
 
   // The runner's (fastphi/cpu.py): a whole network in a call, on packed weights, without autograd.
-  m.def("pack_conv_weights(Tensor weight, int first, int last, bool transposed) -> Tensor");
+  m.def("pack_conv_weights(Tensor weight, int own, bool transposed) -> Tensor");
   m.def("pack_upsample_weights(Tensor weight) -> Tensor");
   m.def(
       "unet_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "

@@ -158,7 +158,7 @@ class CPURunner:
     def _parameters(self, part: str) -> list[Tensor]:
         """Packed parameters of "encoder" (with the middle block), "decoder", or "transposed".
 
-        Four tensors per convolution: weights, weights of the skip, bias, gamma; empty for none.
+        Three tensors per convolution: weights, bias, gamma; empty for none.
         """
         parameters = dict(self.model.named_parameters())
         blocks = range(1, self.model.config.blocks + 1)
@@ -180,19 +180,15 @@ class CPURunner:
                 continue
             none = weight.new_empty(0)
             weight = weight.contiguous()
-            second = none
             if layer.startswith("up"):
                 first = torch.ops.fastphi.pack_upsample_weights(weight)
             else:
                 cin = weight.shape[1]
                 # a decoder block's first layer reads the up-sampled channels, then the skip's
                 own = cin // 2 if layer.startswith("dec") and layer.endswith(".0") else cin
-                pack = torch.ops.fastphi.pack_conv_weights
-                first = pack(weight, 0, own, transposed)
-                if own < cin:
-                    second = pack(weight, own, cin, transposed)
+                first = torch.ops.fastphi.pack_conv_weights(weight, own, transposed)
             rest = [parameters.get(f"{layer}.{kind}", none) for kind in ("bias", "gamma")]
-            packed += [first, second, *(p.contiguous() for p in rest)]
+            packed += [first, *(p.contiguous() for p in rest)]
         return packed
 
 

@@ -3,7 +3,8 @@
 Expected values come from torch.nn.functional and autograd in float64. Tolerances are relative to the
 largest element of the expected array: float64 differs by the order of the sums only (1e-12); float32
 sums of up to a few hundred products keep 2e-6, and gradients through the norm, a difference of sums
-of similar size, 2e-5.
+of similar size, 2e-5. From 16 input channels on float32 layers are Winograd convolutions, whose
+transforms amplify the rounding about ten times (csrc/README.md): 6e-6.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missin
 
 EPS = 1e-5
 VALUE = {torch.float64: 1e-12, torch.float32: 2e-6}
+WINOGRAD = {torch.float64: 1e-12, torch.float32: 6e-6}
 GRADIENT = {torch.float64: 1e-12, torch.float32: 2e-5}
 DTYPES = pytest.mark.parametrize("dtype", VALUE, ids=["float64", "float32"])
 ISAS = torch.ops.fastphi.build_info() if ops.missing() is None else ""
@@ -106,6 +108,9 @@ LAYERS = [
     (1, 1, 1, 6, 0, 10, True, True, True),
     (2, 9, 2, 48, 0, 1, True, True, False),
     (2, 12, 40, 6, 10, 32, True, True, True),
+    (1, 3, 70, 20, 0, 36, True, True, True),  # more than a strip of tiles
+    (1, 10, 10, 36, 52, 20, True, False, True),
+    (1, 2, 2, 52, 0, 65, True, True, True),
 ]
 
 
@@ -116,8 +121,9 @@ def test_fused_layer_values_and_gradients(shape, dtype):
     arguments = layer_arguments(*sizes)
     want, want_grads = values_and_gradients(plain, arguments, torch.float64, relu)
     got, got_grads = values_and_gradients(compiled, arguments, dtype, relu)
+    tolerance = (WINOGRAD if sizes[3] + sizes[4] >= 16 else VALUE)[dtype]
     for name, g, e in zip(("r_out", "s_out"), got, want, strict=True):
-        close(g, e, VALUE[dtype], name)
+        close(g, e, tolerance, name)
     assert got_grads.keys() == want_grads.keys()
     for name, g in got_grads.items():
         close(g, want_grads[name], GRADIENT[dtype], f"d_{name}")

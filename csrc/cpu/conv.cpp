@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "winograd.h"
 
 namespace fastphi {
 
@@ -18,15 +19,9 @@ i64 panels_of(i64 outputs) {
   return divide_up(outputs, 2 * kernels<T>().lanes);
 }
 
-// Where weights lie: output o, input channel c, tap t at o * output + c * channel + t * tap +
-// first.
-struct Strides {
-  i64 output, channel, tap, first;
-};
-
 // packed(o, (t, c)) for all taps and channels. Read channel by channel, whose taps are neighbours.
 template <class T>
-void pack(const T* weight, i64 outputs, i64 taps, i64 channels, Strides at, T* packed) {
+void pack(const T* weight, i64 outputs, i64 taps, i64 channels, WeightStrides at, T* packed) {
   const i64 lanes = kernels<T>().lanes, k = taps * channels;
   parallel(panels_of<T>(outputs), 2 * lanes * k, [&](i64 begin, i64 end) {
     for (i64 panel = begin; panel < end; ++panel) {
@@ -43,9 +38,31 @@ void pack(const T* weight, i64 outputs, i64 taps, i64 channels, Strides at, T* p
   });
 }
 
+// Sets panels and where the weights of the sources lie in their pack.
 template <class T>
-void run_conv(const ConvJob<T>& job, i64 channels) {
+void bind_weights(ConvJob<T>& job, const T* packed) {
+  job.panels = panels_of<T>(job.cout);
+  i64 channels = 0;
+  for (int s = 0; s < job.sources; ++s) channels += job.source[s].channels;
+  job.winograd = winograd_serves<T>(channels) ? packed : nullptr;
+  for (int s = 0; s < job.sources; ++s) {
+    job.source[s].packed = packed;
+    packed += packed_size<T>(job.cout, 9 * job.source[s].channels);
+  }
+}
+
+template <class T>
+i64 units_per_image(const ConvJob<T>& job) {
+  return (job.winograd ? Strips(job.h, job.w).per_image : job.h) * job.panels;
+}
+
+template <class T>
+void run_conv(const ConvJob<T>& job) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (job.winograd) return run_winograd(job);
   const auto& k = kernels<T>();
+  i64 channels = 0;
+  for (int s = 0; s < job.sources; ++s) channels = std::max(channels, job.source[s].channels);
   const i64 steps = job.w * 18 * channels;
   parallel(job.panels * job.n * job.h, steps, [&](i64 begin, i64 end) {
     Buffer<T> scratch(scratch_size(k, job.w, channels));
@@ -73,11 +90,26 @@ i64 packed_size(i64 outputs, i64 k) {
 }
 
 template <class T>
-void pack_conv(const T* weight, i64 cout, i64 cin, i64 c0, i64 c1, bool transposed, T* packed) {
-  if (transposed)
-    pack(weight, c1 - c0, 9, cout, {9, cin * 9, -1, c0 * 9 + 8}, packed);
-  else
-    pack(weight, cout, 9, c1 - c0, {cin * 9, 9, 1, c0 * 9}, packed);
+i64 conv_packed_size(i64 outputs, i64 c1, i64 c2) {
+  return (winograd_serves<T>(c1 + c2) ? WINO_POINTS : 9) * packed_size<T>(outputs, c1 + c2);
+}
+
+template <class T>
+void pack_conv(const T* weight, i64 cout, i64 c1, i64 c2, T* packed) {
+  const i64 cin = c1 + c2;
+  if constexpr (sizeof(T) == sizeof(float))
+    if (winograd_serves<T>(cin))
+      return pack_winograd(weight, cout, cin, {cin * 9, 9, 1, 0}, packed);
+  pack(weight, cout, 9, c1, {cin * 9, 9, 1, 0}, packed);
+  if (c2) pack(weight, cout, 9, c2, {cin * 9, 9, 1, c1 * 9}, packed + packed_size<T>(cout, 9 * c1));
+}
+
+template <class T>
+void pack_conv_transposed(const T* weight, i64 cout, i64 cin, i64 c0, i64 c1, T* packed) {
+  const WeightStrides rotated{9, cin * 9, -1, c0 * 9 + 8};
+  if constexpr (sizeof(T) == sizeof(float))
+    if (winograd_serves<T>(cout)) return pack_winograd(weight, c1 - c0, cout, rotated, packed);
+  pack(weight, c1 - c0, 9, cout, rotated, packed);
 }
 
 template <class T>
@@ -87,24 +119,22 @@ void pack_upsample(const T* weight, i64 cin, i64 cout, bool transposed, T* packe
     pack(weight, cout, 1, cin, {4, cout * 4, 0, tap}, packed + tap * packed_size<T>(cout, cin));
 }
 
+namespace {
+
+// Merged as (count, mean, M2) in the order of the units: sum z^2 - (sum z)^2/n cancels.
 template <class T>
-void launch_layer_fwd(ConvJob<T> job, T eps, T* mean, T* std, T* s_out) {
-  job.panels = panels_of<T>(job.cout);
-  Buffer<T> stats(std ? job.n * job.h * job.panels * 2 : 0);
-  job.stats = std ? stats.get() : nullptr;
-  run_conv(job, std::max(job.source[0].channels, job.sources > 1 ? job.source[1].channels : 0));
-  if (!std) return;
-  const i64 panel_width = 2 * kernels<T>().lanes;
+void merge_statistics(const ConvJob<T>& job, T eps, T* mean, T* std, T* s_out) {
+  const Strips strips(job.h, job.w);
+  const i64 units = units_per_image(job), panel_width = 2 * kernels<T>().lanes;
   for (i64 n = 0; n < job.n; ++n) {
-    // Merged as (count, mean, M2): sum z^2 - (sum z)^2/n cancels.
     double count = 0, m = 0, m2 = 0;
-    for (i64 u = n * job.h * job.panels; u < (n + 1) * job.h * job.panels; ++u) {
-      const double more = static_cast<double>(
-          job.w * std::min(panel_width, job.cout - u % job.panels * panel_width));
-      const double delta = stats[2 * u] - m;
+    for (i64 u = n * units; u < (n + 1) * units; ++u) {
+      const i64 pixels = job.winograd ? strips.pixels(u / job.panels) : job.w;
+      const i64 width = std::min(panel_width, job.cout - u % job.panels * panel_width);
+      const double more = static_cast<double>(pixels * width), delta = job.stats[2 * u] - m;
       count += more;
       m += delta * more / count;
-      m2 += stats[2 * u + 1] + delta * delta * more * (count - more) / count;
+      m2 += job.stats[2 * u + 1] + delta * delta * more * (count - more) / count;
     }
     const double deviation = std::sqrt(m2 / count);
     mean[n] = static_cast<T>(m);
@@ -113,32 +143,55 @@ void launch_layer_fwd(ConvJob<T> job, T eps, T* mean, T* std, T* s_out) {
   }
 }
 
+// means (N, cout) of the strips' sums, added in double and in order.
 template <class T>
-void launch_layer_dgrad(i64 n, i64 h, i64 w, i64 cout, i64 c, const T* dz, const T* packed,
-                        const T* r, const T* scale, T* d_r, T* d_s) {
-  ConvJob<T> job{};
-  job.n = n, job.h = h, job.w = w, job.cout = c, job.panels = panels_of<T>(c);
-  job.sources = 1;
-  job.source[0] = {dz, nullptr, packed, cout};
-  Buffer<T> dots(n * h * job.panels);
-  job.r_out = d_r, job.dot_with = r, job.dots = dots, job.out_scale = scale;
-  run_conv(job, cout);
-  for (i64 i = 0; i < n; ++i) {
-    double sum = 0;
-    for (i64 u = i * h * job.panels; u < (i + 1) * h * job.panels; ++u) sum += dots[u];
-    d_s[i] = static_cast<T>(sum);
-  }
+void merge_sums(const ConvJob<T>& job, T* means) {
+  const i64 strips = Strips(job.h, job.w).per_image;
+  for (i64 n = 0; n < job.n; ++n)
+    for (i64 c = 0; c < job.cout; ++c) {
+      double sum = 0;
+      for (i64 strip = n * strips; strip < (n + 1) * strips; ++strip)
+        sum += job.sums[strip * job.cout + c];
+      means[n * job.cout + c] = static_cast<T>(sum / static_cast<double>(job.h * job.w));
+    }
+}
+
+}  // namespace
+
+template <class T>
+void launch_layer_fwd(ConvJob<T> job, const T* packed, T eps, T* mean, T* std, T* s_out, T* means) {
+  bind_weights(job, packed);
+  const i64 units = job.n * units_per_image(job);
+  Buffer<T> stats(std ? 2 * units : 0), sums;
+  if (means && job.winograd) sums.reserve(job.n * Strips(job.h, job.w).per_image * job.cout);
+  job.stats = std ? stats.get() : nullptr;
+  job.sums = means && job.winograd ? sums.get() : nullptr;
+  run_conv(job);
+  if (std) merge_statistics(job, eps, mean, std, s_out);
+  if (job.sums) merge_sums(job, means);
+  if (job.winograd) return;
+  if (job.pool) launch_avg_pool_fwd(job.n, job.h, job.w, job.cout, job.r_out, job.pool);
+  if (means) launch_spatial_mean_fwd(job.n, job.h, job.w, job.cout, job.r_out, means);
 }
 
 template <class T>
-void launch_conv_transposed(i64 n, i64 h, i64 w, i64 cout, i64 c, const T* dz, const T* packed,
-                            T* out) {
+void launch_layer_dgrad(const DgradJob<T>& d) {
   ConvJob<T> job{};
-  job.n = n, job.h = h, job.w = w, job.cout = c, job.panels = panels_of<T>(c);
+  job.n = d.n, job.h = d.h, job.w = d.w, job.cout = d.c;
   job.sources = 1;
-  job.source[0] = {dz, nullptr, packed, cout};
-  job.r_out = out;
-  run_conv(job, cout);
+  job.source[0] = {d.input, nullptr, nullptr, d.cout};
+  job.grad = d.grad, job.r_out = d.d_r, job.dot_with = d.r, job.out_scale = d.scale;
+  bind_weights(job, d.packed);
+  const i64 units = units_per_image(job);
+  Buffer<T> dots(d.d_s ? d.n * units : 0);
+  job.dots = d.d_s ? dots.get() : nullptr;
+  run_conv(job);
+  if (!d.d_s) return;
+  for (i64 n = 0; n < d.n; ++n) {
+    double sum = 0;
+    for (i64 u = n * units; u < (n + 1) * units; ++u) sum += dots[u];
+    d.d_s[n] = static_cast<T>(sum);
+  }
 }
 
 template <class T>
@@ -162,6 +215,23 @@ void launch_layer_grad(LayerGradJob<T> job, T* d_bias, T* d_gamma) {
            [&](i64 begin, i64 end) { kernels<T>().layer_grad(job, begin, end); });
   if (d_bias) sum_rows(job.d_bias, units, job.c, d_bias);
   if (d_gamma) sum_rows(job.d_gamma, units, job.c, d_gamma);
+}
+
+template <class T>
+void launch_grad_input(i64 n, i64 h, i64 w, i64 c, const T* z, const GradInput<T>& grad, T* dz) {
+  Buffer<T> spread(grad.spread == Spread::PIXEL ? 0 : n * h * w * c);
+  if (grad.spread == Spread::POOL) {
+    launch_avg_pool_bwd<T>(n, h, w, c, grad.d, spread);
+  } else if (grad.spread == Spread::IMAGE) {
+    for (i64 pixel = 0; pixel < n * h * w; ++pixel)
+      std::memcpy(spread + pixel * c, grad.d + pixel / (h * w) * c, c * sizeof(T));
+  }
+  LayerGradJob<T> job{};
+  job.n = n, job.h = h, job.w = w, job.c = c;
+  job.d_r = grad.spread == Spread::PIXEL ? grad.d : spread.get();
+  job.z = z, job.gamma = grad.gamma, job.mean = grad.mean, job.coefficient = grad.coefficient;
+  job.relu = true, job.dz = dz;
+  launch_layer_grad<T>(job, nullptr, nullptr);
 }
 
 template <class T>
@@ -231,14 +301,15 @@ void launch_upsample_bwd(UpsampleJob<T> job) {
 
 #define INSTANTIATE(T)                                                                    \
   template i64 packed_size<T>(i64, i64);                                                  \
-  template void pack_conv(const T*, i64, i64, i64, i64, bool, T*);                        \
+  template i64 conv_packed_size<T>(i64, i64, i64);                                        \
+  template void pack_conv(const T*, i64, i64, i64, T*);                                   \
+  template void pack_conv_transposed(const T*, i64, i64, i64, i64, T*);                   \
   template void pack_upsample(const T*, i64, i64, bool, T*);                              \
-  template void launch_layer_fwd(ConvJob<T>, T, T*, T*, T*);                              \
-  template void launch_layer_dgrad(i64, i64, i64, i64, i64, const T*, const T*, const T*, \
-                                   const T*, T*, T*);                                     \
-  template void launch_conv_transposed(i64, i64, i64, i64, i64, const T*, const T*, T*);  \
+  template void launch_layer_fwd(ConvJob<T>, const T*, T, T*, T*, T*, T*);                \
+  template void launch_layer_dgrad(const DgradJob<T>&);                                   \
   template void norm_coefficients(i64, i64, const T*, const T*, const T*, T*);            \
   template void launch_layer_grad(LayerGradJob<T>, T*, T*);                               \
+  template void launch_grad_input(i64, i64, i64, i64, const T*, const GradInput<T>&, T*); \
   template void launch_weight_grad(WeightGradJob<T>, i64, i64, T*);                       \
   template void launch_upsample_fwd(UpsampleJob<T>);                                      \
   template void launch_upsample_bwd(UpsampleJob<T>);

@@ -46,7 +46,7 @@ void conv_row(const ConvJob<T>& job, const Source<T>& s, i64 n, i64 y, const Pan
     }
     with_size<BLOCK>(p, panel.nv,
                      TileCall<T>{a, c, last - first, run_stride, 3 * c, b,
-                                 products + x0 * panel.lanes, scale, add});
+                                 products + x0 * panel.lanes, panel.lanes, scale, add});
   }
 }
 

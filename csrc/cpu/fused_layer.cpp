@@ -60,23 +60,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_fwd(
   Tensor s_out = new_tensor(s, {k.n}), mean = new_tensor(s, {k.n}), std = new_tensor(s, {k.n});
   dispatch(r, [&](auto t) {
     using T = decltype(t);
-    Buffer<T> packed(packed_size<T>(k.cout, 9 * k.c1)), packed2(packed_size<T>(k.cout, 9 * k.c2));
-    const T* w = data<T>(weight);
-    pack_conv<T>(w, k.cout, k.c1 + k.c2, 0, k.c1, false, packed);
-    if (r2) pack_conv<T>(w, k.cout, k.c1 + k.c2, k.c1, k.c1 + k.c2, false, packed2);
+    Buffer<T> packed(conv_packed_size<T>(k.cout, k.c1, k.c2));
+    pack_conv<T>(data<T>(weight), k.cout, k.c1, k.c2, packed);
     ConvJob<T> job{};
     job.n = k.n, job.h = k.h, job.w = k.w, job.cout = k.cout;
     job.sources = r2 ? 2 : 1;
-    job.source[0] = {data<T>(r), data<T>(s), packed, k.c1};
-    if (r2) job.source[1] = {data<T>(*r2), data<T>(*s2), packed2, k.c2};
+    job.source[0] = {data<T>(r), data<T>(s), nullptr, k.c1};
+    if (r2) job.source[1] = {data<T>(*r2), data<T>(*s2), nullptr, k.c2};
     job.bias = data<T>(bias), job.gamma = data<T>(gamma), job.relu = relu;
     job.z = mutable_data<T>(z), job.r_out = mutable_data<T>(r_out);
     for (T* out : {job.z, job.r_out}) prefer_huge_pages(out, z.numel() * sizeof(T));
     if (gamma) {
-      launch_layer_fwd<T>(job, eps, mutable_data<T>(mean), mutable_data<T>(std),
-                          mutable_data<T>(s_out));
+      launch_layer_fwd<T>(job, packed, eps, mutable_data<T>(mean), mutable_data<T>(std),
+                          mutable_data<T>(s_out), nullptr);
     } else {
-      launch_layer_fwd<T>(job, eps, nullptr, nullptr, nullptr);
+      launch_layer_fwd<T>(job, packed, eps, nullptr, nullptr, nullptr, nullptr);
       fill(s_out, T(1)), fill(mean, T(0)), fill(std, T(0));
     }
   });
@@ -121,10 +119,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
     auto source_gradients = [&](const Tensor& r, const Tensor& s, i64 c0, i64 c, Tensor& d_r,
                                 Tensor& d_s) {
       if (need_input) {
-        Buffer<T> packed(packed_size<T>(c, 9 * k.cout));
-        pack_conv<T>(data<T>(weight), k.cout, cin, c0, c0 + c, true, packed);
-        launch_layer_dgrad<T>(k.n, k.h, k.w, k.cout, c, dz, packed, data<T>(r), data<T>(s),
-                              mutable_data<T>(d_r), mutable_data<T>(d_s));
+        Buffer<T> packed(conv_packed_size<T>(c, k.cout, 0));
+        pack_conv_transposed<T>(data<T>(weight), k.cout, cin, c0, c0 + c, packed);
+        launch_layer_dgrad<T>({k.n, k.h, k.w, k.cout, c, dz, nullptr, packed, data<T>(r),
+                               data<T>(s), mutable_data<T>(d_r), mutable_data<T>(d_s)});
       }
       if (need_weight) {
         WeightGradJob<T> job{};

@@ -12,9 +12,11 @@ namespace fastphi {
 
 extern const Kernels<float> float_plain;
 extern const Kernels<double> double_plain;
+extern const WinogradKernels winograd_plain;
 #if defined(__x86_64__)
 extern const Kernels<float> float_avx2, float_avx512;
 extern const Kernels<double> double_avx2, double_avx512;
+extern const WinogradKernels winograd_avx2, winograd_avx512;
 #endif
 
 namespace {
@@ -24,6 +26,7 @@ struct Choice {
   bool runs_here;
   const Kernels<float>* f;
   const Kernels<double>* d;
+  const WinogradKernels* winograd;
 };
 
 // Best first.
@@ -35,10 +38,10 @@ std::vector<Choice> choices() {
   const bool wide = fma && __builtin_cpu_supports("avx512f") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl");
-  all.push_back({"avx512", wide, &float_avx512, &double_avx512});
-  all.push_back({"avx2", fma, &float_avx2, &double_avx2});
+  all.push_back({"avx512", wide, &float_avx512, &double_avx512, &winograd_avx512});
+  all.push_back({"avx2", fma, &float_avx2, &double_avx2, &winograd_avx2});
 #endif
-  all.push_back({"plain", true, &float_plain, &double_plain});
+  all.push_back({"plain", true, &float_plain, &double_plain, &winograd_plain});
   return all;
 }
 
@@ -72,6 +75,8 @@ template <>
 const Kernels<double>& kernels<double>() {
   return *chosen().d;
 }
+
+const WinogradKernels& winograd_kernels() { return *chosen().winograd; }
 
 std::string isa_in_use() { return chosen().name; }
 

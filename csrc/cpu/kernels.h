@@ -22,6 +22,52 @@ struct Source {
   i64 channels;
 };
 
+// How the gradient of a layer's output reaches the pixels that the layer's convolution made.
+enum class Spread {
+  PIXEL,  // d (N, H, W, C): one value each
+  POOL,   // d (N, H/2, W/2, C): a quarter of their pool's
+  IMAGE   // d (N, C): the same for all
+};
+
+// Input of a gradient's convolution, dz = m gamma d + coefficient (z - mean), m = 1[gamma z > 0]; z
+// is source[0].r.
+template <class T>
+struct GradInput {
+  const T* d;
+  Spread spread;
+  const T* gamma;        // (C,) or null for 1
+  const T* mean;         // (N,)
+  const T* coefficient;  // (N,) or null without norm
+};
+
+constexpr i64 WINO_POINTS = 36;  // of F(4x4, 3x3)
+constexpr i64 WINO_TILE = 4;     // output pixels of a tile in either direction
+
+// The tiles of an image in rows, the rows cut into nearly equal strips: the unit of partial results
+// of a Winograd convolution. By height and width alone.
+struct Strips {
+  static constexpr i64 LONGEST = 16;  // tiles: a block of them is a few kB per channel
+  i64 across, per_row, per_image;     // tiles of a row, strips of a row, strips of an image
+  i64 h, w;
+  Strips(i64 h, i64 w)
+      : across((w + WINO_TILE - 1) / WINO_TILE),
+        per_row((across + LONGEST - 1) / LONGEST),
+        per_image(per_row * ((h + WINO_TILE - 1) / WINO_TILE)),
+        h(h),
+        w(w) {}
+  i64 start(i64 strip) const { return strip % per_row * across / per_row; }
+  i64 tiles(i64 strip) const {
+    return (strip % per_row + 1) * across / per_row - strip % per_row * across / per_row;
+  }
+  i64 y(i64 strip) const { return strip % per_image / per_row * WINO_TILE; }  // of its first pixel
+  i64 x(i64 strip) const { return start(strip) * WINO_TILE; }
+  i64 before(i64 strip) const { return strip / per_row * across + start(strip); }  // tiles
+  i64 pixels(i64 strip) const {
+    const i64 bottom = y(strip) + WINO_TILE, right = x(strip) + tiles(strip) * WINO_TILE;
+    return ((bottom < h ? bottom : h) - y(strip)) * ((right < w ? right : w) - x(strip));
+  }
+};
+
 template <class T>
 struct ConvJob {
   i64 n, h, w, cout, panels;
@@ -32,10 +78,21 @@ struct ConvJob {
   bool relu;
   T* z;                // (N, H, W, cout) or null
   T* r_out;            // (N, H, W, cout) or null
-  T* stats;            // (N*H, panels, 2): mean and sum of squared deviations of a unit; or null
+  T* stats;            // (units, 2): mean and sum of squared deviations of a unit; or null
   const T* dot_with;   // (N, H, W, cout) or null: dgrad; dots receives sum(h * dot_with) of a unit
-  T* dots;             // (N*H, panels)
+  T* dots;             // (units)
   const T* out_scale;  // (N,) or null: r_out = out_scale * h (dgrad)
+  // Winograd's alone; its units are (strip, panel), those of the direct kernel (image row, panel)
+  const T* winograd;         // packed weights of all sources, or null: the direct kernel runs
+  const GradInput<T>* grad;  // or null: the input is source[..].r
+  T* pool;                   // (N, H/2, W/2, cout): 2x2 mean of r_out; or null
+  T* sums;                   // (strips, cout): sum of r_out; or null
+};
+
+// Where weights lie: output o, input channel c, tap t at o * output + c * channel + t * tap +
+// first.
+struct WeightStrides {
+  i64 output, channel, tap, first;
 };
 
 // Transposed 2x2 convolution, stride 2. Units are (tap * panels + panel, input row) forward and
@@ -93,6 +150,16 @@ struct Kernels {
   void (*layer_grad)(const LayerGradJob<T>&, i64 begin, i64 end);  // units (n, band)
 };
 
+// The steps of a Winograd convolution, float alone (winograd_kernel.h).
+struct WinogradKernels {
+  void (*pack)(const float* weight, i64 outputs, i64 channels, const WeightStrides&, i64 begin,
+               i64 end, float* packed);
+  void (*input)(const ConvJob<float>&, i64 first, i64 last, float* v, i64 pitch, i64 depth,
+                float* scratch);
+  void (*output)(const ConvJob<float>&, i64 first, i64 last, i64 begin, i64 end, i64 tiles,
+                 const float* v, i64 pitch, i64 depth, float* m);
+};
+
 // Elements of the scratch that conv and upsample want: a unit's products and the widest edge patch.
 template <class T>
 static inline i64 scratch_size(const Kernels<T>& k, i64 w, i64 channels) {
@@ -101,5 +168,6 @@ static inline i64 scratch_size(const Kernels<T>& k, i64 w, i64 channels) {
 
 template <class T>
 const Kernels<T>& kernels();  // of the instruction set in use (isa.cpp)
+const WinogradKernels& winograd_kernels();
 
 }  // namespace fastphi

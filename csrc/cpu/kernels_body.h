@@ -3,6 +3,9 @@
 //   FASTPHI_VECTOR_BYTES  bytes of a vector register
 //   FASTPHI_BLOCK         most pixels of a register tile (see micro.h)
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -14,6 +17,7 @@ namespace {
 #include "conv_kernel.h"
 #include "upsample_kernel.h"
 #include "gradient_kernels.h"
+#include "winograd_kernel.h"
 
 template <class T>
 constexpr Kernels<T> table(const char* isa) {
@@ -32,5 +36,7 @@ extern const Kernels<float> FASTPHI_TABLE(float_,
                                           FASTPHI_ISA) = table<float>(FASTPHI_NAME(FASTPHI_ISA));
 extern const Kernels<double> FASTPHI_TABLE(double_,
                                            FASTPHI_ISA) = table<double>(FASTPHI_NAME(FASTPHI_ISA));
+extern const WinogradKernels FASTPHI_TABLE(winograd_, FASTPHI_ISA) = {winograd_pack, winograd_input,
+                                                                      winograd_output};
 
 }  // namespace fastphi

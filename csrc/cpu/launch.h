@@ -18,13 +18,15 @@
 
 namespace fastphi {
 
+constexpr size_t HUGE_PAGE = size_t{1} << 21;
+
 // Asks for 2 MB pages where there are any: fresh memory costs a fault per page, which for a layer
-// of few channels is as much as its arithmetic.
+// of few channels is as much as its arithmetic, and the processor prefetches within a page only.
 inline void prefer_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t PAGE = uintptr_t{1} << 21;
   const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, last = (start + bytes) / PAGE * PAGE;
+  const uintptr_t first = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE,
+                  last = (start + bytes) / HUGE_PAGE * HUGE_PAGE;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)memory, (void)bytes;
@@ -34,7 +36,8 @@ inline void prefer_huge_pages(void* memory, size_t bytes) {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(i64 size = 0) { reserve(size); }
+  Buffer() = default;
+  explicit Buffer(i64 size) { reserve(size); }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -50,14 +53,17 @@ class Buffer {
   void reserve(i64 size) {
     if (size <= size_) return;
     std::free(data_);
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    const size_t wanted = static_cast<size_t>(size) * sizeof(T);
+    const size_t page = wanted < HUGE_PAGE / 4 ? 64 : HUGE_PAGE;  // what is large gets whole pages
+    const size_t bytes = (wanted + page - 1) / page * page;
+    data_ = static_cast<T*>(std::aligned_alloc(page, bytes));
     size_ = data_ ? size : 0;
     if (!data_) throw std::bad_alloc();
     prefer_huge_pages(data_, bytes);
   }
   operator T*() const { return data_; }
   T* get() const { return data_; }
+  i64 size() const { return size_; }
   void zero() { std::memset(data_, 0, size_ * sizeof(T)); }
 
  private:

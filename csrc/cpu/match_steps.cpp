@@ -9,6 +9,7 @@
 
 #include "../operators.h"
 #include "network.h"
+#include "winograd.h"
 
 namespace fastphi {
 
@@ -21,8 +22,10 @@ struct Adam {
 template <class T>
 struct LayerState {
   i64 h, w, cin, cout;
-  bool pooled;  // its input is the pooled output of the layer before
+  bool to_pool;  // the next layer reads its pooled output
   Buffer<T> z, r, s, mean, std, pool;
+
+  const T* output() const { return to_pool ? pool : r; }
 };
 
 template <class T>
@@ -43,17 +46,17 @@ class Encoder {
       const i64 count = b < plan.blocks() ? plan.enc_layers[b] : plan.mid_layers;
       for (i64 i = 0; i < count; ++i, ++k, cin = plan.channels[b]) {
         LayerState<T>& l = layers_[k];
-        l.h = h >> b, l.w = w >> b, l.cin = cin, l.cout = plan.channels[b],
-        l.pooled = b > 0 && i == 0;
+        l.h = h >> b, l.w = w >> b, l.cin = cin, l.cout = plan.channels[b];
+        l.to_pool = b < plan.blocks() && i == count - 1;
         const i64 size = n * l.h * l.w * l.cout;
         l.z.reserve(size), l.r.reserve(size), l.s.reserve(n), l.mean.reserve(n), l.std.reserve(n);
-        if (l.pooled) l.pool.reserve(n * l.h * l.w * cin);
-        largest = std::max({largest, l.h * l.w * l.cout, l.pooled ? 4 * l.h * l.w * cin : 0});
+        if (l.to_pool) l.pool.reserve(size / 4);
+        largest = std::max(largest, l.h * l.w * l.cout);
       }
     }
     image_.reserve(n * plan.image_channels * h * w), ones_.reserve(n);
     std::fill_n(ones_.get(), n, T(1));
-    d_r_.reserve(n * largest), dz_.reserve(n * largest);
+    d_r_.reserve(n * largest), d_r_next_.reserve(n * largest), dz_.reserve(n * largest);
     d_s_.reserve(n), coefficient_.reserve(n);
     mean_.reserve(n * plan.channels.back());
   }
@@ -67,21 +70,19 @@ class Encoder {
     const T *r = image_, *s = ones_;
     for (size_t k = 0; k < layers_.size(); ++k) {
       LayerState<T>& l = layers_[k];
-      if (l.pooled) {
-        launch_avg_pool_fwd<T>(n, 2 * l.h, 2 * l.w, l.cin, r, l.pool);
-        r = l.pool;
-      }
       ConvJob<T> job{};
       job.n = n, job.h = l.h, job.w = l.w, job.cout = l.cout, job.sources = 1;
-      job.source[0] = {r, s, convs_[k].packed, l.cin};
+      job.source[0] = {r, s, nullptr, l.cin};
       job.bias = convs_[k].bias, job.gamma = convs_[k].gamma, job.relu = true;
-      job.z = l.z, job.r_out = l.r;
-      launch_layer_fwd<T>(job, eps_, l.mean, job.gamma ? l.std.get() : nullptr, l.s);
+      job.z = l.z, job.pool = l.to_pool ? l.pool.get() : nullptr;
+      const bool last = k + 1 == layers_.size(), only = last || l.to_pool;
+      job.r_out = only && winograd_serves<T>(l.cin) ? nullptr : l.r.get();
+      launch_layer_fwd<T>(job, convs_[k].packed, eps_, l.mean, job.gamma ? l.std.get() : nullptr,
+                          l.s, last ? mean_.get() : nullptr);
       if (!job.gamma) std::fill_n(l.s.get(), n, T(1));
-      r = l.r, s = l.s;
+      r = l.output(), s = l.s;
     }
     const LayerState<T>& last = layers_.back();
-    launch_spatial_mean_fwd<T>(n, last.h, last.w, last.cout, r, mean_);
     for (i64 i = 0; i < n * last.cout; ++i) phi[i] = s[i / last.cout] * mean_[i];
   }
 
@@ -91,39 +92,44 @@ class Encoder {
     const i64 c = last.cout, pixels = last.h * last.w;
     for (i64 i = 0; i < n; ++i) {
       double d_s = 0;
-      for (i64 k = 0; k < c; ++k) d_s += static_cast<double>(d_phi[i * c + k]) * mean_[i * c + k];
+      for (i64 k = 0; k < c; ++k) {
+        d_s += static_cast<double>(d_phi[i * c + k]) * mean_[i * c + k];
+        d_r_[i * c + k] = last.s[i] * d_phi[i * c + k] / static_cast<T>(pixels);
+      }
       d_s_[i] = static_cast<T>(d_s);
-      T* row = d_r_ + i * pixels * c;
-      for (i64 k = 0; k < c; ++k) row[k] = last.s[i] * d_phi[i * c + k] / static_cast<T>(pixels);
-      for (i64 p = 1; p < pixels; ++p) std::memcpy(row + p * c, row, c * sizeof(T));
     }
     for (size_t k = layers_.size(); k-- > 0;) backward_layer(n, k);
   }
 
  private:
+  // d_r_ of the layer's output (of its pool, or of its means' sum) to that of its input
   void backward_layer(i64 n, size_t k) {
     LayerState<T>& l = layers_[k];
-    LayerGradJob<T> grad{};
-    grad.n = n, grad.h = l.h, grad.w = l.w, grad.c = l.cout;
-    grad.d_r = d_r_, grad.z = l.z, grad.gamma = convs_[k].gamma, grad.mean = l.mean,
-    grad.relu = true;
-    grad.dz = dz_;
+    GradInput<T> grad{d_r_, Spread::PIXEL, convs_[k].gamma, l.mean, nullptr};
+    if (k + 1 == layers_.size())
+      grad.spread = Spread::IMAGE;
+    else if (l.to_pool)
+      grad.spread = Spread::POOL;
     if (grad.gamma) {
       norm_coefficients<T>(n, l.h * l.w * l.cout, d_s_, l.s, l.std, coefficient_);
       grad.coefficient = coefficient_;
     }
-    launch_layer_grad<T>(grad, nullptr, nullptr);
-    if (k == 0) {
-      launch_conv_transposed<T>(n, l.h, l.w, l.cout, l.cin, dz_, transposed_[0].packed, image_);
-      return;
+    DgradJob<T> job{};
+    job.n = n, job.h = l.h, job.w = l.w, job.cout = l.cout, job.c = l.cin;
+    job.packed = transposed_[k].packed;
+    if (winograd_serves<T>(l.cout)) {
+      job.input = l.z, job.grad = &grad;
+    } else {
+      launch_grad_input<T>(n, l.h, l.w, l.cout, l.z, grad, dz_);
+      job.input = dz_;
     }
-    const LayerState<T>& below = layers_[k - 1];
-    launch_layer_dgrad<T>(n, l.h, l.w, l.cout, l.cin, dz_, transposed_[k].packed,
-                          l.pooled ? l.pool.get() : below.r.get(), below.s.get(), d_r_, d_s_);
-    if (l.pooled) {
-      launch_avg_pool_bwd<T>(n, 2 * l.h, 2 * l.w, l.cin, d_r_, dz_);
-      std::swap(d_r_, dz_);
+    if (k > 0) {
+      const LayerState<T>& below = layers_[k - 1];
+      job.r = below.output(), job.scale = below.s, job.d_s = d_s_;
     }
+    job.d_r = k > 0 ? d_r_next_ : image_;
+    launch_layer_dgrad<T>(job);
+    std::swap(d_r_, d_r_next_);
   }
 
   const Plan& plan_;
@@ -131,7 +137,7 @@ class Encoder {
   const T eps_;
   const i64 h_, w_;
   std::vector<LayerState<T>> layers_;
-  Buffer<T> image_, ones_, d_r_, dz_, d_s_, coefficient_, mean_;
+  Buffer<T> image_, ones_, d_r_, d_r_next_, dz_, d_s_, coefficient_, mean_;
 };
 
 // As torch.optim.Adam: x -= lr/(1 - b1^t) * m / (sqrt(v)/sqrt(1 - b2^t) + eps), t = 1 for the

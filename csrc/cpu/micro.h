@@ -34,15 +34,23 @@ inline typename Vec<T>::type splat(T x) {
 }
 
 // a: (P pixels, stride) x (runs, run_stride) x (len contiguous); b: (runs*len, NV*LANES); out: (P,
-// NV*LANES)
-template <class T, int P, int NV>
+// out_stride) x (NV*LANES)
+// AHEAD: meanwhile len * step values from `ahead` on are brought into the second-level cache.
+// Spread over all tiles that share b: faster than memory delivers, prefetches stall the loads.
+template <class T, int P, int NV, bool AHEAD>
 void tile(const T* __restrict a, i64 stride, i64 runs, i64 run_stride, i64 len,
-          const T* __restrict b, T* __restrict out, T scale, bool add) {
+          const T* __restrict b, T* __restrict out, i64 out_stride, T scale, bool add,
+          const T* ahead, i64 step) {
   constexpr i64 V = Vec<T>::LANES;
   typename Vec<T>::type acc[P][NV] = {};
   for (i64 run = 0; run < runs; ++run) {
     const T* ap = a + run * run_stride;
     for (i64 k = 0; k < len; ++k, ++ap, b += NV * V) {
+      if constexpr (AHEAD) {
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + step / 2, 0, 2);
+        ahead += step;
+      }
       typename Vec<T>::type bv[NV];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) bv[j] = load(b + j * V);
@@ -59,7 +67,7 @@ void tile(const T* __restrict a, i64 stride, i64 runs, i64 run_stride, i64 len,
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
-      T* o = out + (p * NV + j) * V;
+      T* o = out + p * out_stride + j * V;
       store(o, add ? load(o) + sv * acc[p][j] : sv * acc[p][j]);
     }
 }

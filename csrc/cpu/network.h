@@ -1,8 +1,7 @@
 // A whole network on packed weights: what the runner's operators share.
 //
-// Parameters come as one list in network order, four tensors per convolution: packed weights,
-// packed weights of the second source (first layers of decoder blocks), bias, gamma; empty where
-// there is none. An up-sampling takes four places too.
+// Parameters come as one list in network order, three tensors per convolution: packed weights,
+// bias, gamma; empty where there is none. An up-sampling takes three places too.
 #pragma once
 
 #include <vector>
@@ -24,14 +23,14 @@ struct Plan {
 
 template <class T>
 struct Conv {
-  const T *packed, *packed2, *bias, *gamma;
+  const T *packed, *bias, *gamma;
 };
 
 inline i64 parameters_expected(const Plan& plan) {
   i64 convs = plan.mid_layers;
   for (i64 n : plan.enc_layers) convs += n;
   for (i64 n : plan.dec_layers) convs += n + 1;
-  return 4 * convs;
+  return 3 * convs;
 }
 
 // Plan and parameters as they come from Python, checked.
@@ -55,8 +54,7 @@ template <class T>
 std::vector<Conv<T>> convs_of(const std::vector<Tensor>& packed) {
   auto get = [&](size_t i) { return packed[i].numel() ? data<T>(packed[i]) : nullptr; };
   std::vector<Conv<T>> convs;
-  for (size_t i = 0; i < packed.size(); i += 4)
-    convs.push_back({get(i), get(i + 1), get(i + 2), get(i + 3)});
+  for (size_t i = 0; i < packed.size(); i += 3) convs.push_back({get(i), get(i + 1), get(i + 2)});
   return convs;
 }
 

@@ -1,24 +1,28 @@
-// Weights in the order in which the register tiles read them (conv.h): done once per model by the
-// runner.
+// Weights in the order in which the kernels read them, Winograd's transformed (conv.h): done once
+// per model by the runner.
 #include "../operators.h"
 #include "conv.h"
+#include "launch.h"
 
 namespace fastphi {
 
-Tensor pack_conv_weights(Tensor weight, int64_t first, int64_t last, bool transposed) {
+Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed) {
   check_tensor(weight, "weight", 4);
   const i64 cout = weight.sizes()[0], cin = weight.sizes()[1];
   check_shape(weight, "weight", {cout, cin, 3, 3});
-  STD_TORCH_CHECK(0 <= first && first < last && last <= cin,
-                  "first, last: expected a range of the ", cin, " input channels, got ", first,
-                  ", ", last);
-  const i64 c = last - first;
+  STD_TORCH_CHECK(0 < own && own <= cin, "own: expected 1 to ", cin,
+                  " input channels of the first source, got ", own);
   Tensor out;
   dispatch(weight, [&](auto t) {
     using T = decltype(t);
-    out = new_tensor(weight,
-                     {transposed ? packed_size<T>(c, 9 * cout) : packed_size<T>(cout, 9 * c)});
-    pack_conv<T>(data<T>(weight), cout, cin, first, last, transposed, mutable_data<T>(out));
+    out = new_tensor(weight, {transposed ? conv_packed_size<T>(cin, cout, 0)
+                                         : conv_packed_size<T>(cout, own, cin - own)});
+    prefer_huge_pages(out.mutable_data_ptr(), out.numel() * sizeof(T));
+    const T* from = data<T>(weight);
+    if (transposed)
+      pack_conv_transposed<T>(from, cout, cin, 0, cin, mutable_data<T>(out));
+    else
+      pack_conv<T>(from, cout, own, cin - own, mutable_data<T>(out));
   });
   return out;
 }

@@ -31,11 +31,19 @@ struct TileCall {
   i64 stride, runs, run_stride, len;
   const T* b;
   T* out;
+  i64 out_stride;
   T scale;
   bool add;
+  const T* ahead = nullptr;  // values wanted next, or null; `step` for each of `len`
+  i64 step = 0;
   template <int P, int NV>
   void call() const {
-    tile<T, P, NV>(a, stride, runs, run_stride, len, b, out, scale, add);
+    if (ahead)
+      tile<T, P, NV, true>(a, stride, runs, run_stride, len, b, out, out_stride, scale, add, ahead,
+                           step);
+    else
+      tile<T, P, NV, false>(a, stride, runs, run_stride, len, b, out, out_stride, scale, add,
+                            nullptr, 0);
   }
 };
 

@@ -1,9 +1,10 @@
 // A whole network, or its first blocks, in one call and without autograd: images (N, C, H, W) to
-// images, or to the spatial means of the blocks. Nothing is kept that the way forward does not
-// need: each layer writes its r_out alone, the pool and the means read it while it is warm. Per
-// 3x64x64 image of the default network 8.23 GFLOP to the image, 1.98 GFLOP to the middle block.
+// images, or to the spatial means of the blocks. Nothing is kept or written that the way forward
+// does not need: a layer writes its r_out, or its pool and its means alone. Per 3x64x64 image of
+// the default network 8.23 GFLOP to the image, 1.98 GFLOP to the middle block.
 #include "../operators.h"
 #include "network.h"
+#include "winograd.h"
 
 namespace fastphi {
 
@@ -15,61 +16,81 @@ struct Hidden {
   i64 h, w, c;
 };
 
+// Memory of a pass, kept from call to call: fresh pages would cost as much as a layer.
 template <class T>
-class Forward {
- public:
-  Forward(const Plan& plan, const std::vector<Conv<T>>& convs, T eps, i64 n, i64 h, i64 w)
-      : plan_(plan),
-        convs_(convs),
-        eps_(eps),
-        n_(n),
-        skips_(plan.blocks()),
-        skip_scales_(plan.blocks()) {
-    i64 largest = plan.image_channels * h * w;
+struct Workspace {
+  Buffer<T> work[2], scales[2], mean, std, means;
+  std::vector<Buffer<T>> skips, skip_scales;
+
+  void reserve(const Plan& plan, i64 n, i64 h, i64 w) {
+    i64 largest = plan.image_channels * h * w, widest = 0;
+    if (static_cast<i64>(skips.size()) < plan.blocks())
+      skips.resize(plan.blocks()), skip_scales.resize(plan.blocks());
     for (i64 b = 0; b <= plan.blocks(); ++b) {
       const i64 size = plan.channels[b] * (h >> b) * (w >> b);
       largest = std::max(largest, size);
-      if (b < plan.blocks()) skips_[b].reserve(n * size), skip_scales_[b].reserve(n);
+      widest = std::max(widest, plan.channels[b]);
+      if (b < plan.blocks()) skips[b].reserve(n * size), skip_scales[b].reserve(n);
     }
-    for (int i = 0; i < 2; ++i) work_[i].reserve(n * largest), scales_[i].reserve(n);
-    mean_.reserve(n), std_.reserve(n);
+    for (int i = 0; i < 2; ++i) work[i].reserve(n * largest), scales[i].reserve(n);
+    mean.reserve(n), std.reserve(n), means.reserve(n * widest);
   }
+
+  i64 size() const {
+    i64 size = work[0].size() + work[1].size();
+    for (const Buffer<T>& skip : skips) size += skip.size();
+    return size;
+  }
+};
+
+template <class T>
+class Forward {
+ public:
+  Forward(const Plan& plan, const std::vector<Conv<T>>& convs, T eps, Workspace<T>& space)
+      : plan_(plan), convs_(convs), eps_(eps), space_(space) {}
 
   // images: n of (C, H, W). means (n, stride), from the column of the block on, for `blocks`
   // blocks; or out.
   void run(const T* images, i64 n, i64 h, i64 w, i64 blocks, T* means, i64 stride, T* out) {
     n_ = n, next_ = 0;
-    Hidden<T> x{work_[0], scales_[0], h, w, plan_.image_channels};
+    Hidden<T> x{space_.work[0], space_.scales[0], h, w, plan_.image_channels};
     for (i64 i = 0; i < n; ++i)
       image_to_nhwc(images + i * x.c * h * w, x.c, h * w, x.r + i * x.c * h * w);
     std::fill_n(x.s, n, T(1));
     i64 done = 0;
     auto finished = [&](const Hidden<T>& y) {
       if (!blocks) return false;
-      write_mean(y, means, stride);
+      for (i64 i = 0; i < n; ++i)
+        for (i64 c = 0; c < y.c; ++c) means[i * stride + c] = y.s[i] * space_.means[i * y.c + c];
       means += y.c;
       return ++done == blocks;
     };
     for (i64 b = 0; b < plan_.blocks(); ++b) {
-      for (i64 i = 0; i < plan_.enc_layers[b]; ++i) {
-        const bool last = i == plan_.enc_layers[b] - 1;
-        Hidden<T> to{skips_[b], skip_scales_[b], x.h, x.w, plan_.channels[b]};
-        x = layer(x, nullptr, last ? to : other(x, plan_.channels[b]), true);
-      }
+      for (i64 i = 0; i < plan_.enc_layers[b] - 1; ++i)
+        x = layer(x, other(x, plan_.channels[b]), {});
+      const bool ends = done + 1 == blocks;
+      const Hidden<T> skip{space_.skips[b], space_.skip_scales[b], x.h, x.w, plan_.channels[b]};
+      T* const pool = ends ? nullptr : other(x, skip.c).r;
+      x = layer(x, skip, {.pool = pool, .means = blocks > 0, .only = plan_.dec_layers.empty()});
       if (finished(x)) return;
-      const Hidden<T> pooled{work_[0], x.s, x.h / 2, x.w / 2, x.c};
-      launch_avg_pool_fwd(n, x.h, x.w, x.c, x.r, pooled.r);
-      x = pooled;
+      x = {pool, x.s, x.h / 2, x.w / 2, x.c};
     }
-    for (i64 i = 0; i < plan_.mid_layers; ++i)
-      x = layer(x, nullptr, other(x, plan_.channels.back()), true);
+    for (i64 i = 0; i < plan_.mid_layers; ++i) {
+      const bool last = i == plan_.mid_layers - 1;
+      x = layer(x, other(x, plan_.channels.back()),
+                {.means = last && blocks > 0, .only = last && plan_.dec_layers.empty()});
+    }
     if (finished(x)) return;
     for (i64 b = plan_.blocks() - 1; b >= 0; --b) {
       x = upsample(x, plan_.channels[b]);
-      const Hidden<T> skip{skips_[b], skip_scales_[b], x.h, x.w, x.c};
+      const Hidden<T> skip{space_.skips[b], space_.skip_scales[b], x.h, x.w, x.c};
       for (i64 i = 0; i < plan_.dec_layers[b]; ++i) {
-        const bool image = b == 0 && i == plan_.dec_layers[b] - 1;
-        x = layer(x, i ? nullptr : &skip, other(x, image ? plan_.image_channels : x.c), !image);
+        const bool last = i == plan_.dec_layers[b] - 1, image = b == 0 && last;
+        x = layer(x, other(x, image ? plan_.image_channels : x.c),
+                  {.skip = i ? nullptr : &skip,
+                   .relu = !image,
+                   .means = last && b > 0 && blocks > 0,
+                   .only = last && done + 1 == blocks});
       }
       if (b > 0 && finished(x)) return;
     }
@@ -78,21 +99,34 @@ class Forward {
   }
 
  private:
+  struct Options {
+    const Hidden<T>* skip = nullptr;
+    bool relu = true;
+    T* pool = nullptr;
+    bool means = false;
+    bool only = false;  // nobody reads the output itself: pool and means are all that is wanted
+  };
+
   // The working buffers take turns.
   Hidden<T> other(const Hidden<T>& x, i64 c) {
-    const int i = x.r == work_[0].get();
-    return {work_[i], scales_[x.s == scales_[0].get()], x.h, x.w, c};
+    return {space_.work[x.r == space_.work[0].get()], space_.scales[x.s == space_.scales[0].get()],
+            x.h, x.w, c};
   }
 
-  Hidden<T> layer(const Hidden<T>& x, const Hidden<T>* skip, Hidden<T> to, bool relu) {
+  Hidden<T> layer(const Hidden<T>& x, Hidden<T> to, const Options& options) {
     const Conv<T>& conv = convs_[next_++];
+    const Hidden<T>* skip = options.skip;
     ConvJob<T> job{};
     job.n = n_, job.h = x.h, job.w = x.w, job.cout = to.c;
     job.sources = skip ? 2 : 1;
-    job.source[0] = {x.r, x.s, conv.packed, x.c};
-    if (skip) job.source[1] = {skip->r, skip->s, conv.packed2, skip->c};
-    job.bias = conv.bias, job.gamma = conv.gamma, job.relu = relu, job.r_out = to.r;
-    launch_layer_fwd<T>(job, eps_, mean_, conv.gamma ? std_.get() : nullptr, to.s);
+    job.source[0] = {x.r, x.s, nullptr, x.c};
+    if (skip) job.source[1] = {skip->r, skip->s, nullptr, skip->c};
+    job.bias = conv.bias, job.gamma = conv.gamma, job.relu = options.relu;
+    job.r_out = options.only && winograd_serves<T>(x.c) ? nullptr : to.r;
+    job.pool = options.pool;
+    launch_layer_fwd<T>(job, conv.packed, eps_, space_.mean,
+                        conv.gamma ? space_.std.get() : nullptr, to.s,
+                        options.means ? space_.means.get() : nullptr);
     if (!conv.gamma) std::fill_n(to.s, n_, T(1));
     return to;
   }
@@ -117,20 +151,12 @@ class Forward {
     return to;
   }
 
-  void write_mean(const Hidden<T>& x, T* means, i64 stride) {
-    Buffer<T> mean(n_ * x.c);
-    launch_spatial_mean_fwd<T>(n_, x.h, x.w, x.c, x.r, mean);
-    for (i64 i = 0; i < n_; ++i)
-      for (i64 c = 0; c < x.c; ++c) means[i * stride + c] = x.s[i] * mean[i * x.c + c];
-  }
-
   const Plan& plan_;
   const std::vector<Conv<T>>& convs_;
   const T eps_;
-  i64 n_;
+  Workspace<T>& space_;
+  i64 n_ = 0;
   size_t next_ = 0;
-  Buffer<T> work_[2], scales_[2], mean_, std_;
-  std::vector<Buffer<T>> skips_, skip_scales_;
 };
 
 }  // namespace
@@ -152,11 +178,15 @@ std::tuple<Tensor, Tensor> unet_fwd(Tensor x, Shape channels, Shape enc_layers, 
     using T = decltype(t);
     const auto convs = convs_of<T>(packed);
     const i64 chunk = std::min(n, images_at_once(h * w));
-    Forward<T> forward(plan, convs, static_cast<T>(eps), chunk, h, w);
+    constexpr i64 MOST_KEPT = i64{1} << 26;  // elements
+    thread_local Workspace<T> space;
+    space.reserve(plan, chunk, h, w);
+    Forward<T> forward(plan, convs, static_cast<T>(eps), space);
     for (i64 i = 0; i < n; i += chunk)
       forward.run(data<T>(x) + i * size, std::min(chunk, n - i), h, w, blocks,
                   mutable_data<T>(means) + i * columns, columns,
                   blocks ? nullptr : mutable_data<T>(out) + i * size);
+    if (space.size() > MOST_KEPT) space = Workspace<T>{};
   });
   return {out, means};
 }

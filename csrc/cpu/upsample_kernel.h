@@ -11,7 +11,7 @@ void plain_row(const T* a, i64 w, i64 stride, i64 runs, i64 run_stride, i64 len,
     const i64 x0 = split.start(i), p = split.start(i + 1) - x0;
     with_size<BLOCK>(p, panel.nv,
                      TileCall<T>{a + x0 * stride, stride, runs, run_stride, len, b,
-                                 products + x0 * panel.lanes, T(1), false});
+                                 products + x0 * panel.lanes, panel.lanes, T(1), false});
   }
 }
 

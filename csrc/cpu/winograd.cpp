@@ -1,0 +1,137 @@
+// Launcher of the Winograd convolution: which blocks of tiles the threads work on, and in what
+// memory. An output element's arithmetic is that of its tile and panel, so none of the choices
+// made here changes a bit of it.
+#include "winograd.h"
+
+#include "launch.h"
+
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
+namespace fastphi {
+
+namespace {
+
+i64 divide_up(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Kept from call to call, one each per thread: fresh memory would cost as much as a small layer.
+enum Scratch { POINTS, PRODUCTS, BORDER, SCRATCHES };
+
+float* scratch(Scratch which, i64 size) {
+  thread_local Buffer<float> buffers[SCRATCHES];
+  buffers[which].reserve(size);
+  return buffers[which];
+}
+
+// Bytes of a core's own cache.
+i64 cache_size() {
+  constexpr i64 USUAL = i64{1} << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const i64 size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return size > 0 ? size : USUAL;
+#else
+  return USUAL;
+#endif
+}
+
+// Strips [first, last) of all images, cut into `count` blocks.
+struct Blocks {
+  i64 strips, count;
+  i64 first(i64 block) const { return block * strips / count; }
+};
+
+class Launch {
+ public:
+  explicit Launch(const ConvJob<float>& job) : job_(job), strips_(job.h, job.w) {
+    for (int s = 0; s < job.sources; ++s) channels_ += job.source[s].channels;
+    depth_ = divide_up(channels_, kernels<float>().lanes) * kernels<float>().lanes;
+    total_ = job.n * strips_.per_image;
+  }
+
+  void run() const {
+    const i64 threads = torch::stable::get_num_threads();
+    // A block's transformed input takes a quarter of the core's cache, weights and products the
+    // rest; or, so that many weights are read for many tiles, all of it.
+    const i64 fits = std::max<i64>(1, cache_size() / (deep() ? 1 : 4) / (WINO_POINTS * 4 * depth_));
+    const i64 tiles = strips_.before(total_);
+    if (tiles < 2 * fits * threads && WINO_POINTS * 4 * depth_ * job_.cout > cache_size() / 2)
+      return together(std::max<i64>(1, tiles / (fits * threads)));
+    const i64 blocks = std::min(total_, divide_up(tiles, fits * threads) * threads);
+    apart({total_, std::max<i64>(1, blocks)});
+  }
+
+ private:
+  i64 tiles(i64 first, i64 last) const { return strips_.before(last) - strips_.before(first); }
+  // One line more: the points of a tile must not fall into one set of the cache.
+  i64 pitch(i64 tiles) const { return tiles * depth_ + 16; }
+  i64 points_size(i64 tiles) const { return WINO_POINTS * pitch(tiles) + 16; }
+  i64 products_size(i64 tiles) const {
+    return WINO_POINTS * tiles * 2 * kernels<float>().lanes * std::min(group(), job_.panels);
+  }
+  // Panels that share a pass over the points. Where a panel's weights are small beside the cache,
+  // one keeps the products small; else the transformed input, which several panels then read at
+  // once.
+  bool deep() const { return WINO_POINTS * 4 * 32 * depth_ > cache_size() / 2; }
+  i64 group() const { return deep() ? job_.panels : 1; }
+
+  void output(i64 first, i64 last, i64 begin, i64 end, i64 tiles, const float* v, float* m) const {
+    for (i64 panel = begin; panel < end; panel += group())
+      winograd_kernels().output(job_, first, last, panel, std::min(end, panel + group()), tiles, v,
+                                pitch(tiles), depth_, m);
+  }
+
+  void input(i64 first, i64 last, float* v, i64 pitch) const {
+    winograd_kernels().input(job_, first, last, v, pitch, depth_, scratch(BORDER, 2 * depth_ + 32));
+  }
+
+  // Each thread its own blocks from input to output.
+  void apart(const Blocks& blocks) const {
+    parallel(blocks.count, i64{1} << 20, [&](i64 begin, i64 end) {
+      for (i64 block = begin; block < end; ++block) {
+        const i64 first = blocks.first(block), last = blocks.first(block + 1);
+        const i64 count = tiles(first, last);
+        float* v = scratch(POINTS, points_size(count));
+        float* m = scratch(PRODUCTS, products_size(count));
+        input(first, last, v, pitch(count));
+        output(first, last, 0, job_.panels, count, v, m);
+      }
+    });
+  }
+
+  // Few tiles and many weights: the threads share the transformed input and each streams the
+  // weights of its own panels only. Blocks one after the other.
+  void together(i64 count) const {
+    const Blocks blocks{total_, std::min(total_, count)};
+    for (i64 block = 0; block < blocks.count; ++block) {
+      const i64 first = blocks.first(block), last = blocks.first(block + 1);
+      const i64 count = tiles(first, last);
+      float* const v = scratch(POINTS, points_size(count));
+      parallel(last - first, i64{1} << 20, [&](i64 begin, i64 end) {
+        input(first + begin, first + end, v + tiles(first, first + begin) * depth_, pitch(count));
+      });
+      parallel(job_.panels, i64{1} << 20, [&](i64 begin, i64 end) {
+        float* m = scratch(PRODUCTS, products_size(count));
+        output(first, last, begin, end, count, v, m);
+      });
+    }
+  }
+
+  const ConvJob<float>& job_;
+  const Strips strips_;
+  i64 channels_ = 0, depth_, total_;
+};
+
+}  // namespace
+
+void run_winograd(const ConvJob<float>& job) { Launch(job).run(); }
+
+void pack_winograd(const float* weight, i64 outputs, i64 channels, WeightStrides at,
+                   float* packed) {
+  const i64 panels = divide_up(outputs, 2 * kernels<float>().lanes);
+  parallel(panels, 512 * channels, [&](i64 begin, i64 end) {
+    winograd_kernels().pack(weight, outputs, channels, at, begin, end, packed);
+  });
+}
+
+}  // namespace fastphi
