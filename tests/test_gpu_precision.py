@@ -1,7 +1,7 @@
 """bf16 on trained weights, on a GPU: φ against float64, PSNR against fp32 at ten noise levels.
 
-The network is trained here, for some seconds, on patches of scikit-learn's photographs; or it is the
-one that FASTPHI_GPU_MODEL names (a file, or a training folder).
+Of the network that comes with fastphi, and of one of the paper's size: trained here, for some seconds,
+on patches of scikit-learn's photographs, or the one that FASTPHI_GPU_MODEL names (a file, or a folder).
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def train(shots: torch.Tensor) -> UNet:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def trained() -> UNet:
-    if path := os.environ.get("FASTPHI_GPU_MODEL"):
+@pytest.fixture(scope="module", params=["natural64-small", "the paper's size"])
+def trained(request) -> UNet:
+    if request.param == "natural64-small":
+        model = fastphi.load_pretrained(request.param, device=DEVICE)
+    elif path := os.environ.get("FASTPHI_GPU_MODEL"):
         model = fastphi.load(path).to(DEVICE)
     else:
         model = train(photographs())

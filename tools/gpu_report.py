@@ -26,7 +26,7 @@ class Report:
             self.found["failed"][report.nodeid] = str(report.longrepr)[-3000:]
         elif report.skipped:
             reason = (
-                report.longrepr[2] if isinstance(report.longrepr, tuple) else "expected to fail"
+                report.longrepr[-1] if isinstance(report.longrepr, (tuple, list)) else "as expected"
             )
             skipped = self.found["skipped"]
             skipped[reason] = skipped.get(reason, 0) + 1
@@ -36,6 +36,11 @@ class Report:
             kept = sorted(slowest.items(), key=lambda item: -item[1])[:10]
             self.found["slowest"] = dict(kept)
         self.write()
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.found["failed"][report.nodeid] = str(report.longrepr)[-3000:]
+            self.write()
 
     def pytest_sessionfinish(self) -> None:
         self.found["finished"] = True

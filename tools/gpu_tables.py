@@ -158,7 +158,7 @@ def _tests(found: Found) -> list[str]:
     lines += [f"- skipped {n}: {reason}" for reason, n in skipped.items()]
     for name, why in failed.items():
         lines += ["", f"### {name}", "", "```", why, "```"]
-    if not found.get("finished"):
+    if not found.get("finished") or not sum(count):
         lines += ["", "The run did not come to its end."]
     return lines
 
