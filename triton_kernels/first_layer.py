@@ -43,6 +43,7 @@ from .support import (
     jit,
     power_of_two,
     round_to_bf16,
+    rounded,
     tl,
 )
 
@@ -116,7 +117,7 @@ def pack_first_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
             f"pack_first_weight: weight has shape {tuple(weight.shape)}, expected (Cout, C, 3, 3)"
             " with C from 1 to 4"
         )
-    rows = weight.detach().to(dtype).permute(0, 2, 3, 1).flatten(1)
+    rows = rounded(weight, dtype).permute(0, 2, 3, 1).flatten(1)
     return torch.nn.functional.pad(rows, (0, _k(weight.shape[1]) - rows.shape[1])).contiguous()
 
 

@@ -44,6 +44,7 @@ from .support import (
     descriptor,
     interpreted,
     jit,
+    rounded,
     tl,
 )
 
@@ -133,11 +134,12 @@ def pack_weight(weight: Tensor, split: int | None, dtype: torch.dtype) -> Tensor
     c_in = weight.shape[1]
     if split is not None and not 0 < split < c_in:
         raise ValueError(f"pack_weight: split is {split}, expected between 1 and {c_in - 1}")
+    weight = rounded(weight, dtype)
     parts = [weight] if split is None else [weight[:, :split], weight[:, split:]]
     packed = []
     for part in parts:
         c = part.shape[1]
-        taps = part.detach().to(dtype).permute(0, 2, 3, 1)
+        taps = part.permute(0, 2, 3, 1)
         packed.append(torch.nn.functional.pad(taps, (0, tiles.padded(c) - c)).flatten(1))
     return torch.cat(packed, dim=1).contiguous()
 

@@ -40,6 +40,7 @@ from .support import (
     interpreted,
     jit,
     round_to_bf16,
+    rounded,
     tl,
 )
 
@@ -111,7 +112,7 @@ def pack_upsample_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
             f"pack_upsample_weight: weight has shape {tuple(weight.shape)}, expected (C, Cout, 2, 2)"
         )
     c = weight.shape[0]
-    rows = weight.detach().to(dtype).permute(2, 3, 1, 0).reshape(-1, c)
+    rows = rounded(weight, dtype).permute(2, 3, 1, 0).reshape(-1, c)
     return torch.nn.functional.pad(rows, (0, tiles.padded(c) - c)).contiguous()
 
 
