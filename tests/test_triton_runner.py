@@ -12,7 +12,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from triton_case import DEVICE, INTERPRETED, need_kernels, random
+from triton_case import DEVICE, INTERPRETED, need_kernels
 
 import fastphi
 from fastphi import engine, gpu, gpu_library, noise, ops, phi, reference
@@ -23,8 +23,6 @@ if (reason := ops.missing() if INTERPRETED else gpu.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("exact_products")
-
-from fastphi.triton_kernels.support import rounded  # noqa: E402
 
 SMALL = UNetConfig(channels=(16, 24, 32), dec_layers=(2, 3), enc_layers=(2, 1), mid_layers=2)
 NETWORKS = {
@@ -138,21 +136,6 @@ def test_low_precision(name):
         assert runner.denoise(x).dtype == torch.float32
         assert runner.denoise(x.double()).dtype == torch.float64
     assert all(torch.equal(same[block], means[block]) for block in means)
-
-
-def test_rounded_weights_keep_the_sum_over_their_taps():
-    """To the last tap's rounding; and what needs none stays."""
-    weight = random(0, 8, 5, 3, 3).float()
-    low = rounded(weight, torch.bfloat16)
-    assert low.dtype == torch.bfloat16 and low.shape == weight.shape
-    off = (low.double() - weight.double()).sum(dim=(2, 3)).abs()
-    assert (off <= 1.02 * 2.0**-8 * weight.abs().amax(dim=(2, 3))).all()
-    largest = weight.abs().amax(dim=(2, 3), keepdim=True)
-    assert ((low - weight).abs() <= 1.02 * 2.0**-7 * largest).all()
-    assert torch.equal(rounded(low.float(), torch.bfloat16), low)
-    assert torch.equal(rounded(weight.double(), torch.float32), weight)
-    for dtype in (torch.float32, torch.float64):
-        assert torch.equal(rounded(weight, dtype), weight.to(dtype))
 
 
 def test_tf32():

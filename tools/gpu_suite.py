@@ -168,7 +168,12 @@ NETWORK = "bench_gpu_network.py"
 PARTS: dict[str, Callable[[Path], str]] = {
     "build": build,
     "kernels": tests("test_gpu_ops.py", "test_triton_*.py"),
-    "engine": tests("test_gpu_runner.py", "test_gpu_precision.py", distribution="loadfile"),
+    "engine": tests(
+        "test_gpu_runner.py",
+        "test_gpu_precision.py",
+        "test_gpu_match*.py",  # guidance
+        distribution="loadfile",
+    ),
     "sanitizer": sanitizer,
     "layers": benchmarks("bench_gpu_layers.py"),
     "phi": benchmarks(NETWORK, "-k", "phi"),
