@@ -33,7 +33,8 @@ from typing import Any
 import gpu_tables
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 510  # seconds of a part
+LIMIT = 510  # seconds of a part, with the build that it needs first
+Part = Callable[[Path, float], str]  # (its file, seconds) -> what is wrong
 DOCTOR = "from fastphi import doctor; print(doctor.text(doctor.report()))"
 READY = "from fastphi import gpu; import sys; sys.exit(gpu.missing())"
 GPU = "import torch; print(torch.cuda.is_available())"
@@ -85,10 +86,10 @@ def machine() -> dict[str, Any]:
 # --- parts: each leaves its file and returns what is wrong ---------------------------------------------
 
 
-def build(path: Path) -> str:
+def build(path: Path, limit: float) -> str:
     start = time.monotonic()
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps"]
-    wrong, _ = run([*command, "--no-index", "-e", str(ROOT)], LIMIT, FASTPHI_CUDA="1")
+    wrong, _ = run([*command, "--no-index", "-e", str(ROOT)], limit, FASTPHI_CUDA="1")
     doctor = said(DOCTOR)
     seconds = round(time.monotonic() - start, 1)
     write(path, {"machine": machine(), "said": doctor, "seconds": seconds, "ended": wrong})
@@ -105,24 +106,24 @@ def ready() -> bool:
     return done.returncode == 0
 
 
-def tests(*patterns: str, distribution: str = "load") -> Callable[[Path], str]:
+def tests(*patterns: str, distribution: str = "load") -> Part:
     """Tests, by several processes where pytest-xdist is: most of their time is Triton's compiler's."""
 
-    def part(path: Path) -> str:
+    def part(path: Path, limit: float) -> str:
         files = [str(f) for p in patterns for f in sorted((ROOT / "tests").glob(p))]
         # a warning of torch's or Triton's is no failure here: their versions are the machine's
         command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_report", "-p", "no:benchmark"]
         command += ["-p", "no:cacheprovider", "-W", "default"]
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", distribution]
-        wrong, _ = run([*command, *files], LIMIT, FASTPHI_REPORT=str(path))
+        wrong, _ = run([*command, *files], limit, FASTPHI_REPORT=str(path))
         write(path, read(path) | {"machine": machine(), "ended": wrong})
         return wrong
 
     return part
 
 
-def sanitizer(path: Path) -> str:
+def sanitizer(path: Path, limit: float) -> str:
     """The operators' tests under each of compute-sanitizer's tools, in memory that is not cached."""
     homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", os.environ.get("PATH", "")]
     program = shutil.which("compute-sanitizer", path=os.pathsep.join(homes))
@@ -138,7 +139,7 @@ def sanitizer(path: Path) -> str:
             [program, "--tool", tool, *fails, sys.executable, "-m", "pytest", "-q", "-m", "gpu",
              "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default",
              "-k", SANITIZED, str(ROOT / "tests/test_gpu_ops.py")],
-            LIMIT / len(SANITIZERS),
+            limit / len(SANITIZERS),
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
         seconds = round(time.monotonic() - start, 1)
@@ -149,13 +150,13 @@ def sanitizer(path: Path) -> str:
     return f"compute-sanitizer: {', '.join(bad)}" if bad else ""
 
 
-def benchmarks(file: str, *options: str) -> Callable[[Path], str]:
-    def part(path: Path) -> str:
+def benchmarks(file: str, *options: str) -> Part:
+    def part(path: Path, limit: float) -> str:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
         command += [f"benchmarks/{file}", "--results", str(path), *options]
         if importlib.util.find_spec("pytest_benchmark") is not None:
             command += ["--benchmark-columns=median,rounds", "--benchmark-disable-gc"]
-        wrong, _ = run(command, LIMIT)
+        wrong, _ = run(command, limit)
         if not read(path).get("cases"):
             wrong = wrong or "nothing was measured"
         write(path, read(path) | {"ended": wrong})
@@ -165,7 +166,7 @@ def benchmarks(file: str, *options: str) -> Callable[[Path], str]:
 
 
 NETWORK = "bench_gpu_network.py"
-PARTS: dict[str, Callable[[Path], str]] = {
+PARTS: dict[str, Part] = {
     "build": build,
     "kernels": tests("test_gpu_ops.py", "test_triton_*.py"),
     "engine": tests(
@@ -199,12 +200,15 @@ def main() -> None:
     if said(GPU) != "True":
         print("No GPU is visible: whatever needs one is skipped.")
     bad: dict[str, str] = {}
+    start = time.monotonic()
     for part in parts:
         path = out / f"{part}.json"
         path.unlink(missing_ok=True)  # of an earlier run
         print(f"== {part}", flush=True)
-        if wrong := PARTS[part](path):
+        if wrong := PARTS[part](path, LIMIT - (time.monotonic() - start)):
             bad[part] = wrong
+        if part != "build":
+            start = time.monotonic()
         print(f"\n{gpu_tables.text(part, read(path))}", flush=True)
         if part == "build" and part in bad:
             break
