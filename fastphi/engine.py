@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fastphi import cpu, gpu, ops, reference
+from fastphi import cpu, gpu, gpu_ops, ops, reference
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet, UNetConfig
@@ -82,9 +82,9 @@ class Engine:
 ENGINES = (
     Engine(
         "cuda",
-        "Triton and CUDA kernels (triton_kernels, csrc/cuda); gradients for training: plain PyTorch",
+        "Triton and CUDA kernels (triton_kernels, csrc/cuda)",
         "cuda",
-        reference.ReferenceOps(),
+        gpu_ops.GPUOps(),
         gpu.GPURunner,
         gpu.refuses,
     ),

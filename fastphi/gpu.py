@@ -1,8 +1,8 @@
 """The GPU engine: Triton and CUDA kernels (triton_kernels/, csrc/cuda/), one CUDA graph per batch size.
 
 Computes in bfloat16 (tensor cores, sums and statistics in float32), or in float32 with products as
-torch's convolutions make them (`torch.backends.cudnn.conv.fp32_precision`). Gradients for training are
-plain PyTorch's.
+torch's convolutions make them (`torch.backends.cudnn.conv.fp32_precision`). Where a gradient is needed,
+the ops of fastphi/gpu_ops.py serve.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastphi import gpu_match, gpu_plan, ops
+from fastphi import gpu_match, gpu_ops, gpu_plan, ops
 from fastphi.gpu_match import MatchPlan
 from fastphi.gpu_plan import Packed, Plan, widths
 
@@ -65,13 +65,6 @@ def _lasting() -> Iterator[None]:
     """Tensors made in here can be written to later, whether the caller is in inference mode or not."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _products(dtype: torch.dtype) -> str:
-    """How torch's convolutions make products of float32: "ieee" or "tf32"."""
-    settings: Any = torch.backends.cudnn  # its allow_tf32 raises where the newer settings are used
-    tf32 = dtype == torch.float32 and settings.conv.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def _put(x: Tensor, image: Tensor) -> None:
@@ -233,7 +226,7 @@ class GPURunner:
     def _plan(
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, until: str | None
     ) -> Plan:
-        precision = _products(packed.dtype)
+        precision = gpu_ops.products(packed.dtype)
         return self._kept(
             (shape, packed.dtype, device, until, precision),
             lambda: Plan(self.model.config, packed, shape, device, until, precision),
@@ -242,7 +235,7 @@ class GPURunner:
     def _match_plan(
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, max_iter: int
     ) -> MatchPlan:
-        precision = _products(packed.dtype)
+        precision = gpu_ops.products(packed.dtype)
         shape, rows = (gpu_match.capacity(shape[0]), *shape[1:]), gpu_match.rows_for(max_iter)
         plan = self._kept(
             (shape, packed.dtype, device, "match", rows, precision),

@@ -202,7 +202,7 @@ def _no_setup(ctx, inputs, output) -> None:
     pass
 
 
-def _no_second_derivative(ctx, *grads):
+def no_second_derivative(ctx, *grads):
     raise RuntimeError(
         "fastphi: second derivatives are not supported by the compiled ops; "
         "use the reference engine (FASTPHI_BACKEND=reference, or backend='reference')"
@@ -237,6 +237,6 @@ def register() -> None:
         "spatial_mean_fwd": (_spatial_mean_backward, _spatial_mean_setup),
     }
     for name in ("fused_layer_bwd", "upsample_bwd", "avg_pool_bwd", "spatial_mean_bwd"):
-        gradients[name] = (_no_second_derivative, _no_setup)
+        gradients[name] = (no_second_derivative, _no_setup)
     for name, (backward, setup) in gradients.items():
         register_autograd(f"fastphi::{name}", backward, setup_context=setup)

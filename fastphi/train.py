@@ -119,7 +119,8 @@ class Trainer:
                 raise ValueError(
                     "tensorboard: the package is not installed (pip install tensorboard)"
                 ) from None
-        self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr)
+        fused = self.device.type == "cuda"  # one kernel for all parameters
+        self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, fused=fused)
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
         self.step, self.seconds = 0, 0.0
 
