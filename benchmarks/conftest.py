@@ -78,3 +78,31 @@ def timed(benchmark, results) -> Callable[..., dict[str, Any]]:
         return found
 
     return run
+
+
+@pytest.fixture
+def in_turn(benchmark, results) -> Callable[..., None]:
+    """in_turn(case, calls, ...): times every way, round by round in turn, and keeps a case of each. A
+    way that is a text instead of a call is kept as absent, with the text as the reason.
+    """
+
+    def run(
+        case: dict[str, Any],
+        calls: dict[str, Callable[[], Any] | str],
+        extra: dict[str, dict[str, Any]] | None = None,
+        difference: Callable[..., dict[str, list[float]]] = dict,
+        **options: Any,
+    ) -> None:
+        case = case | {"device": "cpu"}
+        for way, call in calls.items():
+            if isinstance(call, str):
+                results.add(case | {"way": way, "absent": call})
+        there = {way: call for way, call in calls.items() if not isinstance(call, str)}
+        for way, times in difference(support.in_turn(there, **options)).items():
+            found = case | {"way": way, "seconds": support.summary(times)}
+            results.add(found | (extra or {}).get(way, {}))
+            benchmark.extra_info[way] = found["seconds"]["median"]
+        benchmark.extra_info |= case
+        benchmark.pedantic(next(iter(there.values())), rounds=1)
+
+    return run

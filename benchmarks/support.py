@@ -132,11 +132,14 @@ class Plain(nn.Module):
         for layer in block:
             h = F.conv2d(h, layer.weight, layer.bias, padding=1)
             if layer.gamma is not None:
-                std = h.std(dim=(1, 2, 3), keepdim=True, correction=0)
-                h = layer.gamma[:, None, None] * h / (std + layer.eps)
+                h = layer.gamma[:, None, None] * h / (self.std(h) + layer.eps)
             if layer.relu:
                 h = F.relu(h)
         return h
+
+    @staticmethod
+    def std(h: Tensor) -> Tensor:
+        return h.std(dim=(1, 2, 3), keepdim=True, correction=0)
 
 
 # --- timing ------------------------------------------------------------------------------------------
@@ -178,6 +181,21 @@ def wall_times(
 
     calls = max(1, math.ceil(least / seconds(1)))
     return [seconds(calls) for _ in range(rounds)]
+
+
+def in_turn(
+    calls: dict[str, Callable[[], Any]], *, rounds: int = 10, warm: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each call by the clock; a round has every call once, so that a machine whose speed
+    drifts drifts for all. `warm`: a round before that does not count."""
+    times: dict[str, list[float]] = {way: [] for way in calls}
+    for i in range(rounds + warm):
+        for way, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if i >= warm:
+                times[way].append(time.perf_counter() - start)
+    return times
 
 
 def captured(call: Callable[[], Any], copies: int = 1) -> Callable[[], None]:
