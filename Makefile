@@ -1,6 +1,8 @@
 # make demo   set up, train a small denoiser on real photographs, report in out/demo/report.html
 # make test   set up, run every test
 # make check  set up, linters and types (what CI runs beside the tests)
+# make bench  the CPU engine beside its peers (PyTorch, OpenVINO, ONNX Runtime, ncnn), tables and JSON in
+#             out/bench; half an hour on two quiet cores; BENCH="network --only phi" runs a part
 # make gpu-static  what can be checked of the GPU engine without a GPU: needs nvcc (CUDA 13), downloads
 #             a torch with CUDA and two Tritons into CACHE (3 GB)
 # make gpu-suite PART="build tests"  what is to be run where a GPU is: tools/gpu_suite.py says which parts
@@ -23,7 +25,7 @@ BIN  := $(VENV)/bin
 C_FILES := find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test check format wheel doctor gpu-static gpu-suite clean
+.PHONY: setup demo test check format wheel doctor bench gpu-static gpu-suite clean
 
 setup: $(VENV)/built
 
@@ -66,6 +68,11 @@ wheel: setup
 
 doctor: setup
 	$(BIN)/fastphi doctor
+
+bench: setup
+	$(BIN)/python tools/requirements.py bench > $(VENV)/bench.txt
+	$(BIN)/python -m pip install -q -r $(VENV)/bench.txt
+	$(BIN)/python tools/cpu_bench.py $(BENCH)
 
 gpu-static: setup
 	$(BIN)/python tools/gpu_static.py --cache "$(CACHE)"
