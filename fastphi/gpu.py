@@ -144,6 +144,10 @@ class GPURunner:
     def match(
         self, x: Tensor, target: Tensor, weight: Tensor, lr: float, max_iter: int, tolerance: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "match: it waits for the GPU to see who has stopped, so it cannot be captured in a graph"
+            )
         parts = []
         with self._lock:
             for rows, plan in self._parts(x, "match", max_iter):

@@ -134,8 +134,10 @@ def _tell_if_idle(x: Tensor, result: MatchResult, lr: float) -> None:
 @contextlib.contextmanager
 def plain_mode(device: torch.device) -> Iterator[None]:
     """Numbers that do not depend on the caller's context: no autograd beyond what a match asks for
-    (in a caller's inference mode it could not be had), and the model's own dtype, no autocast."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    (in a caller's inference mode it could not be had), and the model's own dtype, no autocast. But for
+    a GPU, where autocast is how a float32 model is asked for the tensor cores: images stay float32."""
+    low = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=low):
         yield
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import engine, validate
+from fastphi import engine, ops, validate
 from fastphi.result import TABLES, Reconstruction
 
 if TYPE_CHECKING:
@@ -41,17 +41,18 @@ class Record:
         self._stored_step = -1
 
     def add(self, info: StepInfo, after: State) -> None:
-        n, rows = len(self.samples), torch.from_numpy(info.rows)
-        match = info.match
+        """The rows stay where the images are: what is on a GPU comes to the host when it is stored."""
+        match, n = info.match, len(self.samples)
+        rows = torch.from_numpy(info.rows).to(match.updates.device)
         values = (
-            torch.from_numpy(info.sigma),
+            torch.from_numpy(info.sigma).to(rows.device),
             match.first,
             match.last,
             match.updates,
             match.converged,
         )
         for name, value in zip(TABLES, values, strict=True):
-            value = value.cpu().double() if value.is_floating_point() else value.cpu()
+            value = value.double() if value.is_floating_point() else value
             row = value.new_full((n,), torch.nan if value.is_floating_point() else 0)
             row[rows] = value
             self.rows[name].append(row)
@@ -60,6 +61,8 @@ class Record:
 
     def result(self, state: State, finished: bool) -> Reconstruction:
         """The run up to `state`."""
+        for name in TABLES:
+            self.rows[name] = [row.cpu() for row in self.rows[name]]
         kept = self.kept[: state.step // self.every] if self.every else []
         return Reconstruction(
             images=state.x,
@@ -105,7 +108,7 @@ def run_settings(sampler: Sampler) -> dict[str, Any]:
         "model": fingerprint(model),
         "engine": engine.pick(model, like).name,
         "device": sampler.device.type,
-        "dtype": str(sampler.dtype).removeprefix("torch."),
+        "dtype": str(ops.compute_dtype(like)).removeprefix("torch."),
         "targets": None if targets is None else targets.state(),
         **plan.settings(matching=targets is not None),
     }

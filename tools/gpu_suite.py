@@ -9,6 +9,8 @@ engine     the runner at full size: values, graphs, streams, threads, extraction
 sanitizer  the CUDA kernels under compute-sanitizer
 layers     every layer: ours, cuDNN's bare convolution, cuDNN's with our epilogue
 phi, denoise, extract, memory   benchmarks/bench_gpu_*.py; torch.compile, the slowest peer, comes last
+match, reconstruct, train       the same of guidance (an iteration, a match, updates in bf16 and fp32), of
+                                reconstruction (and 10,000 replays in flat memory), of training steps
 
 A part writes OUT/<part>.json as it goes, so that what was measured survives a timeout, and prints its
 table at the end. Whatever comes before a part's measurements (building, values) comes first. Ends
@@ -181,6 +183,9 @@ PARTS: dict[str, Part] = {
     "denoise": benchmarks(NETWORK, "-k", "denoise"),
     "extract": benchmarks("bench_gpu_extract.py"),
     "memory": benchmarks("bench_gpu_memory.py"),
+    "match": benchmarks("bench_gpu_match.py", "-k", "iteration or match_that or updates"),
+    "reconstruct": benchmarks("bench_gpu_match.py", "-k", "reconstruction or replays"),
+    "train": benchmarks("bench_gpu_train.py"),
 }
 SEVERAL = {"tests": ("kernels", "engine")}
 

@@ -1,0 +1,257 @@
+"""Guidance, reconstruction and training on a GPU at full size: gradients, graphs, company, streams,
+threads, interrupts, memory.
+
+What a kernel or a plan computes by itself is also tested without a GPU, in test_triton_*.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+
+import gpu_case
+import pytest
+import torch
+
+import fastphi
+from fastphi import engine, gpu, gpu_match, gpu_ops, reference, targets
+from fastphi.unet import UNet, UNetConfig
+
+pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
+
+DEVICE = torch.device("cuda", 0)
+CONFIG, SIZE, BF16 = UNetConfig(), 64, torch.bfloat16  # the paper's network
+TOLERANCE = 0.3  # of the loss: such images stop after some updates, not all after as many
+
+
+def make(seed: int = 0) -> UNet:
+    """Gains of both signs and biases other than 0, so that no term of a layer is invisible."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UNet(CONFIG, backend="cuda")
+        with torch.no_grad():
+            for name, values in model.named_parameters():
+                if name.endswith("bias"):
+                    values.normal_(0, 0.1)
+                elif name.endswith("gamma"):
+                    values.normal_(0.3, 1.0)
+    return model.eval().to(DEVICE)
+
+
+@functools.cache
+def network() -> UNet:
+    return make().requires_grad_(False)
+
+
+@functools.cache
+def exact() -> UNet:
+    double = UNet(CONFIG, backend="reference").double().to(DEVICE)
+    double.load_state_dict(network().state_dict())
+    return double.eval()
+
+
+def case(n: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, φ* of others, equal weights."""
+    generator = torch.Generator().manual_seed(seed)
+    x, other = torch.rand(2, n, 3, SIZE, SIZE, generator=generator).to(DEVICE)
+    with torch.no_grad():
+        return x, network().phi(other), torch.full((512,), 1 / 512, device=DEVICE)
+
+
+def match(runner, x, target, weight, max_iter=12, tolerance=TOLERANCE, low=True):
+    with torch.autocast("cuda", BF16, enabled=low):
+        return runner.match(x, target, weight, 0.01, max_iter, tolerance)
+
+
+def same(found, want) -> None:
+    for a, b in zip(found, want, strict=True):
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+
+
+def gradient_of(runner, x, target, weight, low: bool) -> torch.Tensor:
+    match(runner, x, target, weight, 0, 0.0, low)
+    (plan,) = runner._plans.values()
+    plan.start(x, target, weight, 0.01, gpu_match.STEPS, 0.0)
+    for launch in plan.launches[: len(plan.launches) // gpu_match.STEPS]:
+        launch()
+    return plan.gradient[: len(x)].clone()
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+def test_gradient_against_float64(low):
+    """bfloat16: some 2^-8 per layer, forward and backward, and ReLUs that fall the other way."""
+    x, target, weight = case(3)
+    got = gradient_of(gpu.GPURunner(network()), x, target, weight, low)
+    leaf = x.double().requires_grad_(True)
+    phi = exact().walk_means(reference.ReferenceOps(), leaf, "mid")["mid"]
+    (want,) = torch.autograd.grad((weight.double() * (phi - target.double()) ** 2).sum(), leaf)
+    for a, b in zip(got.double(), want, strict=True):
+        assert float((a - b).norm() / b.norm()) <= (0.15 if low else 1e-4)
+
+
+def test_agrees_with_the_reference_in_float64():
+    x, target, weight = case(2)
+    found = match(gpu.GPURunner(network()), x, target, weight, 5, 0.0, low=False)
+    double = (t.double() for t in (x, target, weight))
+    want = reference.ReferenceRunner(exact()).match(*double, 0.01, 5, 0.0)
+    torch.testing.assert_close(found[1].double(), want[1], rtol=1e-2, atol=0)
+    assert (found[0] - want[0]).abs().mean() < 1e-3  # Adam magnifies where a gradient is near 0
+
+
+def test_replay_equals_eager_launches():
+    x, target, weight = case(5)
+    runner = gpu.GPURunner(network())
+    match(runner, x, target, weight)
+    (plan,) = runner._plans.values()
+    assert plan.graph is not None
+    results = []
+    for run in (plan.run, lambda: [launch() for launch in plan.launches]):
+        plan.start(x, target, weight, 0.01, 100, 0.0)
+        for _ in range(3):
+            run()
+        results.append([t.clone() for t in (plan.x, plan.m, plan.v, plan.losses, plan.updates)])
+    same(*results)
+
+
+def test_bits_do_not_depend_on_company():
+    x, target, weight = case(70)
+    whole = match(gpu.GPURunner(network()), x, target, weight)
+    assert len(set(whole[2].tolist())) > 1, "else nobody stopped before others"
+    for rows in (slice(0, 1), slice(3, 9), slice(40, 70)):
+        part = match(gpu.GPURunner(network()), x[rows], target[rows], weight)
+        same(part, [whole[0][rows], whole[1][:, rows], whole[2][rows], whole[3][rows]])
+
+
+def test_streams_and_threads():
+    """Matches of several sizes at once, each thread on a stream of its own."""
+    runner, wrong = gpu.GPURunner(network()), []
+    cases = [case(n, seed=n) for n in (1, 2, 5)]
+    want = [match(gpu.GPURunner(network()), *given) for given in cases]
+    torch.cuda.synchronize()
+
+    def work(given, expected):
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(4):
+                    same(match(runner, *given), expected)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(cases, want, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_interrupt_leaves_the_process_usable(monkeypatch):
+    given = case(8)
+    runner = gpu.GPURunner(network())
+    want = match(runner, *given)
+    run, calls = gpu_match.MatchPlan.run, []
+
+    def interrupted(plan):
+        calls.append(run(plan))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_match.MatchPlan, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        match(runner, *given, tolerance=0.0)
+    monkeypatch.undo()
+    same(match(runner, *given), want)
+
+
+def test_a_callers_graph_is_refused():
+    given = case(2)
+    runner = gpu.GPURunner(network())
+    match(runner, *given)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            given[0].add(1)  # torch warns of empty graphs
+            match(runner, *given)
+
+
+def test_replays_in_flat_memory_that_goes_with_the_runner():
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    runner, given = gpu.GPURunner(network()), case(4)
+    match(runner, *given)
+    held = torch.cuda.memory_allocated()
+    for _ in range(60):
+        match(runner, *given, tolerance=0.0)
+    assert torch.cuda.memory_allocated() == held > before
+    del runner, given
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() <= before + (1 << 20)
+
+
+@pytest.mark.parametrize("form", ["schedule", "adaptive"])
+def test_reconstruction_end_to_end(form):
+    """An image has the same bits whoever is made with it."""
+    x, _, _ = case(3)
+    options = dict(form=form, max_iter=6, samples=[5, 9, 2])
+    options |= dict(sigmas=(1.0, 0.1, 4)) if form == "schedule" else dict(max_steps=4)
+    with torch.autocast("cuda", BF16):
+        whole = fastphi.reconstruct(
+            network(), targets.from_images(network(), x, draws=2), **options
+        )
+        alone = fastphi.reconstruct(
+            network(),
+            targets.from_images(network(), x[1:2], draws=2, ids=[1]),
+            **(options | dict(samples=[9])),
+        )
+    assert whole.images.is_cuda and whole.images.isfinite().all()
+    assert whole.updates.shape == (4, 3) and (whole.updates > 0).any()
+    assert torch.equal(alone.images[0], whole.images[1])
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+def test_every_gradient_against_float64(low):
+    model = make(seed=3)
+    double = UNet(CONFIG, backend="reference").double().to(DEVICE)
+    double.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(4)
+    x, upstream = torch.randn(2, 2, 3, SIZE, SIZE, generator=generator).to(DEVICE)
+    with torch.autocast("cuda", BF16, enabled=low):
+        assert isinstance(engine.pick(model, x).ops, gpu_ops.GPUOps)
+        out = model(x)
+    (out * upstream).sum().backward()
+    (double(x.double()) * upstream.double()).sum().backward()
+    pairs = zip(model.named_parameters(), double.parameters(), strict=True)
+    for (name, got), want in pairs:
+        error = float((got.grad - want.grad).norm() / want.grad.norm())
+        assert error <= (0.2 if low else 1e-4), f"{name}: {error:.1e}"
+
+
+def test_training_learns_as_the_reference_does():
+    """The losses of 20 steps in bfloat16 against float32 by plain PyTorch, 5 % at most."""
+
+    def losses(backend: str, low: bool) -> list[float]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            model = UNet(CONFIG, backend=backend).to(DEVICE)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+        found, generator = [], torch.Generator().manual_seed(6)
+        for _ in range(20):
+            clean, z = torch.rand(2, 16, 3, SIZE, SIZE, generator=generator).to(DEVICE)
+            with torch.autocast("cuda", BF16, enabled=low):
+                out = model(clean + 0.3 * z)
+            loss = (out.float() - clean).square().sum((1, 2, 3)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss))
+        return found
+
+    ours, theirs = losses("cuda", True), losses("reference", False)
+    assert ours[-1] < 0.5 * ours[0]
+    for a, b in zip(ours, theirs, strict=True):
+        assert abs(a - b) <= 0.05 * b
