@@ -28,24 +28,20 @@ struct LayerState {
   const T* output() const { return to_pool ? pool : r; }
 };
 
+// Memory of an iteration, kept from call to call: fresh pages would cost as much as a layer each.
 template <class T>
-class Encoder {
- public:
-  Encoder(const Plan& plan, const std::vector<Conv<T>>& convs,
-          const std::vector<Conv<T>>& transposed, T eps, i64 n, i64 h, i64 w)
-      : plan_(plan),
-        convs_(convs),
-        transposed_(transposed),
-        eps_(eps),
-        h_(h),
-        w_(w),
-        layers_(convs.size()) {
+struct EncoderSpace {
+  std::vector<LayerState<T>> layers;
+  Buffer<T> image, ones, d_r, d_r_next, dz, d_s, coefficient, mean;
+
+  void reserve(const Plan& plan, i64 n, i64 h, i64 w) {
     size_t k = 0;
     i64 cin = plan.image_channels, largest = cin * h * w;
+    layers.resize(parameters_expected(plan) / 3);
     for (i64 b = 0; b <= plan.blocks(); ++b) {
       const i64 count = b < plan.blocks() ? plan.enc_layers[b] : plan.mid_layers;
       for (i64 i = 0; i < count; ++i, ++k, cin = plan.channels[b]) {
-        LayerState<T>& l = layers_[k];
+        LayerState<T>& l = layers[k];
         l.h = h >> b, l.w = w >> b, l.cin = cin, l.cout = plan.channels[b];
         l.to_pool = b < plan.blocks() && i == count - 1;
         const i64 size = n * l.h * l.w * l.cout;
@@ -54,12 +50,40 @@ class Encoder {
         largest = std::max(largest, l.h * l.w * l.cout);
       }
     }
-    image_.reserve(n * plan.image_channels * h * w), ones_.reserve(n);
-    std::fill_n(ones_.get(), n, T(1));
-    d_r_.reserve(n * largest), d_r_next_.reserve(n * largest), dz_.reserve(n * largest);
-    d_s_.reserve(n), coefficient_.reserve(n);
-    mean_.reserve(n * plan.channels.back());
+    image.reserve(n * plan.image_channels * h * w), ones.reserve(n);
+    std::fill_n(ones.get(), n, T(1));
+    d_r.reserve(n * largest), d_r_next.reserve(n * largest), dz.reserve(n * largest);
+    d_s.reserve(n), coefficient.reserve(n);
+    mean.reserve(n * plan.channels.back());
   }
+
+  i64 size() const {
+    i64 size = d_r.size() + d_r_next.size() + dz.size();
+    for (const LayerState<T>& l : layers) size += l.z.size() + l.r.size() + l.pool.size();
+    return size;
+  }
+};
+
+template <class T>
+class Encoder {
+ public:
+  Encoder(const Plan& plan, const std::vector<Conv<T>>& convs,
+          const std::vector<Conv<T>>& transposed, T eps, i64 h, i64 w, EncoderSpace<T>& space)
+      : plan_(plan),
+        convs_(convs),
+        transposed_(transposed),
+        eps_(eps),
+        h_(h),
+        w_(w),
+        layers_(space.layers),
+        image_(space.image),
+        ones_(space.ones),
+        d_r_(space.d_r),
+        d_r_next_(space.d_r_next),
+        dz_(space.dz),
+        d_s_(space.d_s),
+        coefficient_(space.coefficient),
+        mean_(space.mean) {}
 
   T* image(i64 i) {
     return image_ + i * plan_.image_channels * h_ * w_;
@@ -136,8 +160,8 @@ class Encoder {
   const std::vector<Conv<T>>&convs_, &transposed_;
   const T eps_;
   const i64 h_, w_;
-  std::vector<LayerState<T>> layers_;
-  Buffer<T> image_, ones_, d_r_, d_r_next_, dz_, d_s_, coefficient_, mean_;
+  std::vector<LayerState<T>>& layers_;
+  Buffer<T>&image_, &ones_, &d_r_, &d_r_next_, &dz_, &d_s_, &coefficient_, &mean_;
 };
 
 // As torch.optim.Adam: x -= lr/(1 - b1^t) * m / (sqrt(v)/sqrt(1 - b2^t) + eps), t = 1 for the
@@ -235,7 +259,9 @@ void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Te
     using T = decltype(zero);
     const auto convs = convs_of<T>(packed), transposed = convs_of<T>(packed_t);
     const i64 chunk = std::min(n, images_at_once(h * w));
-    Encoder<T> encoder(plan, convs, transposed, static_cast<T>(eps), chunk, h, w);
+    thread_local EncoderSpace<T> space;
+    space.reserve(plan, chunk, h, w);
+    Encoder<T> encoder(plan, convs, transposed, static_cast<T>(eps), h, w, space);
     Buffer<T> phi(chunk * c);
     Match<T> match{n,
                    plan.image_channels,
@@ -259,6 +285,7 @@ void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Te
       for (i64 i = 0; i < count; i += chunk)
         match.step(t, left.data() + i, std::min(chunk, count - i), encoder, Adam{lr}, phi);
     }
+    if (space.size() > MOST_KEPT) space = EncoderSpace<T>{};
   });
 }
 

@@ -178,7 +178,6 @@ std::tuple<Tensor, Tensor> unet_fwd(Tensor x, Shape channels, Shape enc_layers, 
     using T = decltype(t);
     const auto convs = convs_of<T>(packed);
     const i64 chunk = std::min(n, images_at_once(h * w));
-    constexpr i64 MOST_KEPT = i64{1} << 26;  // elements
     thread_local Workspace<T> space;
     space.reserve(plan, chunk, h, w);
     Forward<T> forward(plan, convs, static_cast<T>(eps), space);
