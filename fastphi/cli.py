@@ -269,6 +269,48 @@ def sample(
     sample_command(**options)
 
 
+def analyze(
+    model: Positional[Path],
+    images: Positional[Path],
+    out: Positional[Path],
+    quick: bool = False,
+    training: Path | None = None,
+    limit: int | None = None,
+    sigma: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    backend: Backend = "auto",
+) -> None:
+    """Measure the paper's properties of φ on your images: report.html, figures, numbers.json, and
+    explorer.html. The same command again goes on where it stopped.
+
+    Args:
+        model: a checkpoint: .safetensors, a training folder, the authors' folder, or natural64-small.
+        images: a folder written by `fastphi pack`; labels, where it has them, are used.
+        out: the folder to write.
+        quick: fewer images, levels and samples: minutes on two cores, wider errors.
+        training: the pack the model was trained on, to look for copies of it among samples.
+        limit: images to use at most (default 2000; quick 500).
+        sigma: the noise level of φ, in units of images in [0, 1] (default 0.2).
+        seed: of noise, subsets and clusterings.
+        device: cpu or cuda.
+        backend: the engine; auto takes the fastest that can serve.
+    """
+    from fastphi.commands import analyze_command
+
+    options = {"images": limit, "sigma": sigma, "seed": seed}
+    analyze_command(
+        model,
+        images,
+        out,
+        quick=quick,
+        training=training,
+        device=device,
+        backend=backend,
+        options=options,
+    )
+
+
 def doctor(json_: Annotated[bool, arg(name="json")] = False) -> None:
     """Print versions, what was compiled, and which engine serves what.
 
@@ -291,7 +333,7 @@ def _put(text: str, out: Path | None) -> None:
         temporary.write_text(text + "\n")
 
 
-COMMANDS = (pack, train, extract, neighbours, reconstruct, sample, doctor)
+COMMANDS = (pack, train, extract, neighbours, reconstruct, sample, analyze, doctor)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,32 @@ def reconstruct_command(
         if clean is not None and how is None:
             rows = [torch.cat([c[None].cpu(), r]) for c, r in zip(clean, rows, strict=True)]
         _save_grid(picture, rows, [])
+
+
+def analyze_command(
+    model: Path,
+    images: Path,
+    out: Path,
+    *,
+    quick: bool,
+    training: Path | None,
+    device: str,
+    backend: str,
+    options: dict[str, Any],
+) -> None:
+    """Run every stage, write the report and the explorer."""
+    from fastphi import explorer, study_report
+    from fastphi.study import QUICK, Settings, Study
+
+    loaded = fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend)
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = replace(QUICK if quick else Settings(), **given)
+    with files.locked(out, "analyze"):
+        study = Study(loaded, images, out, settings, training=training, progress=True)
+        results = study.run()
+        page = study_report.write(study, results)
+        picked = explorer.write(study, out / "explorer.html")
+    print(f"{page}: {len(results)} analyses\n{picked}: the explorer of {len(study.rows)} images")
 
 
 def sample_command(

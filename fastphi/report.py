@@ -6,8 +6,10 @@ import base64
 import html
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastphi import files
@@ -32,10 +34,15 @@ class Report:
     report = Report("Title", "what this is")
     with report.figure("Heading", "what it shows", columns=2) as axes: ...
     report.write(path)
+
+    figures: a folder that every figure is also written to, as PNG and PDF.
     """
 
-    def __init__(self, title: str, introduction: str) -> None:
+    def __init__(
+        self, title: str, introduction: str, figures: str | os.PathLike[str] | None = None
+    ) -> None:
         self.title = title
+        self._folder = None if figures is None else Path(figures)
         self._parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(introduction)}</p>"]
 
     @contextmanager
@@ -50,10 +57,21 @@ class Report:
         yield list(axes)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
+        if self._folder is not None:
+            name = "-".join(re.findall(r"\w+", heading.lower()))
+            with files.atomic_write(self._folder / f"{name}.png") as temporary:
+                temporary.write_bytes(buffer.getvalue())
+            with files.atomic_write(self._folder / f"{name}.pdf") as temporary:
+                figure.savefig(temporary, format="pdf")
         data = base64.b64encode(buffer.getvalue()).decode()
         alt = html.escape(heading, quote=True)
         self._section(heading, text)
         self._parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>')
+
+    def text(self, heading: str, *paragraphs: str) -> None:
+        """Words without a figure."""
+        self._section(heading, paragraphs[0] if paragraphs else "")
+        self._parts += [f"<p>{html.escape(p)}</p>" for p in paragraphs[1:]]
 
     def table(self, heading: str, text: str, header: list[str], rows: list[list[Any]]) -> None:
         self._section(heading, text)
@@ -73,4 +91,7 @@ class Report:
             temporary.write_text(page, encoding="utf-8")
 
     def _section(self, heading: str, text: str) -> None:
-        self._parts += [f"<h2>{html.escape(heading)}</h2>", f"<p>{html.escape(text)}</p>"]
+        if heading:
+            self._parts.append(f"<h2>{html.escape(heading)}</h2>")
+        if text:
+            self._parts.append(f"<p>{html.escape(text)}</p>")

@@ -72,6 +72,24 @@ def _unit(a: np.ndarray) -> np.ndarray:
         return a / np.linalg.norm(a, axis=1, keepdims=True)
 
 
+def distinct(phi: Any, n: int, seed: int = 0, among: int = 1000) -> np.ndarray:
+    """Row numbers of n rows far apart in direction, greedily from the longest, of at most `among`
+    random ones; rows of zeros are passed over."""
+    phi = np.asarray(matrix(phi), np.float64)
+    rows = np.random.default_rng(seed).permutation(len(phi))[:among]
+    length = np.linalg.norm(phi[rows], axis=1)
+    rows, length = rows[length > 0], length[length > 0]
+    if not 1 <= n <= len(rows):
+        raise ValueError(f"n: expected 1 ... {len(rows)} (the rows that are not zero), got {n}")
+    unit = phi[rows] / length[:, None]
+    chosen = [int(length.argmax())]
+    near = unit @ unit[chosen[0]]
+    while len(chosen) < n:
+        chosen.append(int(near.argmin()))
+        near = np.maximum(near, unit @ unit[chosen[-1]])
+    return rows[chosen]
+
+
 @dataclass(frozen=True)
 class LabelAgreement(Result):
     """Share of each query's k nearest neighbours that have its label: {space: (Q,)}, in [0, 1].
