@@ -23,7 +23,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.7rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 img { max-width: 100% } figure { margin: 0 } p { max-width: 46rem }
 table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: right }
-th:first-child, td:first-child { text-align: left }
+th:first-child, td:first-child, .words td, .words th { text-align: left; vertical-align: top }
 footer { margin: 3rem 0 1rem; color: #777; font-size: .85rem }
 """
 
@@ -68,17 +68,16 @@ class Report:
         self._section(heading, text)
         self._parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>')
 
-    def text(self, heading: str, *paragraphs: str) -> None:
-        """Words without a figure."""
-        self._section(heading, paragraphs[0] if paragraphs else "")
-        self._parts += [f"<p>{html.escape(p)}</p>" for p in paragraphs[1:]]
-
-    def table(self, heading: str, text: str, header: list[str], rows: list[list[Any]]) -> None:
+    def table(
+        self, heading: str, text: str, header: list[str], rows: list[list[Any]], words: bool = False
+    ) -> None:
+        """words: of text, set to the left, not of numbers."""
         self._section(heading, text)
         lines = ["<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in header) + "</tr>"]
         for row in rows:
             lines.append("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>")
-        self._parts.append("<table>" + "".join(lines) + "</table>")
+        kind = ' class="words"' if words else ""
+        self._parts.append(f"<table{kind}>" + "".join(lines) + "</table>")
 
     def write(self, path: str | os.PathLike[str], footer: str = "") -> None:
         page = (

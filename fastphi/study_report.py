@@ -36,6 +36,7 @@ def write(study: Study, results: Mapping[str, Any]) -> Path:
         "or a threshold is missed), or not reproduced.",
         _COLUMNS,
         [[v["claim"], v["found"], v["verdict"]] for v in verdicts],
+        words=True,
     )
     for heading, needs, draw in _SECTIONS:
         if needs not in results:
@@ -44,7 +45,7 @@ def write(study: Study, results: Mapping[str, Any]) -> Path:
         draw(report, heading, study, result, _definition(result))
         rows = [[v["claim"], v["found"], v["verdict"]] for v in judge({needs: result})]
         if rows:
-            report.table("", "", _COLUMNS, rows)
+            report.table("", "", _COLUMNS, rows, words=True)
     page = study.out / "report.html"
     report.write(page, f"fastphi {fastphi.__version__}; every number is in numbers.json.")
     return page

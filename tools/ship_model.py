@@ -60,12 +60,12 @@ def card(
 ) -> str:
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     config = json.loads((run / "config.json").read_text())
-    psnr = [line["psnr"] for line in log if "psnr" in line][-1]
-    seconds = [line["seconds"] for line in log if "seconds" in line][-1]
+    info = model.training_info
+    seconds = [line["seconds"] for line in log if "seconds" in line and line["step"] <= info.steps]
     images = data.open_images(heldout)
+    psnr = denoising(model, images, log, config["config"])
     found = measure(model, images, min(count, len(images)))
     parameters = sum(p.numel() for p in model.parameters())
-    info = model.training_info
     return "\n".join(
         [
             f"# {name}",
@@ -77,11 +77,11 @@ def card(
             "## Recipe",
             "",
             "```",
-            command(config["config"]),
+            command(config["config"] | {"max_steps": info.steps}),
             "```",
             "",
             f"Seed {config['config']['seed']}, commit {commit}, {config['images']:,} training images, "
-            f"{seconds / 3600:.1f} h on {environment(config['environment'])}. "
+            f"{seconds[-1] / 3600:.1f} h on {environment(config['environment'])}. "
             f"SHA-256 of the parameters: {checkpoint.fingerprint(model)}.",
             "",
             "## Denoising",
@@ -99,6 +99,18 @@ def card(
             "",
         ]
     )  # fmt: skip
+
+
+def denoising(
+    model: Any, images: Any, log: list[dict[str, Any]], config: dict[str, Any]
+) -> dict[str, float]:
+    """PSNR at ten σ: of the log, or measured where the log has none of the last step."""
+    found = {line["step"]: line["psnr"] for line in log if "psnr" in line}
+    if model.training_info.steps in found:
+        return found[model.training_info.steps]
+    sigmas = [float(sigma) for sigma in list(found.values())[-1]]
+    measured = fastphi.train.psnr(model, images, sigmas, seed=config["seed"])
+    return {str(sigma): value for sigma, value in measured.items()}
 
 
 def measure(model: Any, images: Any, n: int) -> dict[str, Any]:
