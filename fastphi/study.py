@@ -45,18 +45,18 @@ class Settings:
     """
 
     images: int = 2000
-    few: int = 300
+    few: int = 200
     draws: int = 8
     sigma: float = 0.2
     other: float = 0.5
     levels: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
     clusters: int = 50
-    targets: int = 8
+    targets: int = 4
     copies: int = 8
-    steps: int = 60
-    pairs_of: int = 8
+    steps: int = 40
+    pairs_of: int = 6
     paths: int = 2
-    pair_steps: int = 20
+    pair_steps: int = 12
     seed: int = 0
 
 
