@@ -266,6 +266,8 @@ def test_dead_channels_are_counted_not_measured():
     result = selectivity(phi)
     assert np.isnan(result.ratios[2]) and 2 not in result.specialised(1.0)
     assert result.numbers()["ratios"]["nan"] == 1
+    phi[:, 3] *= 1e-3
+    assert selectivity(phi).faint == 2 and selectivity(structureless()).faint == 0
 
 
 # --- neighbours -----------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Selectivity(Result):
     """PR over the data set of every channel, (C,), in (0, 1]: small is selective; NaN: a dead channel.
 
-    dip, p: Hartigan's dip of the values and its probability under one mode. controls: {name: (C,)}:
+    faint: how many channels never reach 1 % of what the strongest reaches: nearly dead, and selective in
+    name only. dip, p: Hartigan's dip of the values and its probability under one mode. controls: {name: (C,)}:
     other representations of the same images, and a Gaussian of the same mean and covariance.
     shown (Fig. 3): more than one mode (p < 0.01), and a lowest quartile whose median is below 0.5
     (a Gaussian channel, whatever its mean, has 2/π or more); and no control has both.
@@ -32,6 +33,7 @@ class Selectivity(Result):
     p: float
     controls: Mapping[str, np.ndarray] = field(default_factory=dict)
     control_p: Mapping[str, float] = field(default_factory=dict)
+    faint: int = 0
 
     @property
     def shown(self) -> bool:
@@ -83,12 +85,19 @@ def selectivity(
         *_bimodality(ratios, draws, seed),
         others,
         {name: _bimodality(values, draws, seed)[1] for name, values in others.items()},
+        faint_channels(phi),
     )
 
 
 def channel_ratios(phi: Any) -> np.ndarray:
     """(C,): participation ratio of every channel over the rows of φ (N, C)."""
     return participation_ratio(np.asarray(phi).T)
+
+
+def faint_channels(phi: Any) -> int:
+    """How many channels never reach 1 % of the largest φ (N, C) of all."""
+    strongest = np.abs(np.asarray(phi)).max(axis=0)
+    return int((strongest < 0.01 * strongest.max()).sum())
 
 
 def exciting(phi: Any, channel: int, k: int = 8) -> np.ndarray:
