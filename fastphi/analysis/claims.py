@@ -151,8 +151,10 @@ CLAIMS = (
         "dip test p < 0.05",
         lambda r: r.shown,
         lambda r: r.p < 0.05,
-        lambda r: f"dip {r.dip:.3f}, p = {r.p:.2g}; median PR {_median(r.ratios):.2f}; "
-        f"{r.faint} of {len(r.ratios)} channels nearly dead",
+        lambda r: (
+            f"dip {r.dip:.3f}, p = {r.p:.2g}; median PR {_median(r.ratios):.2f}; "
+            f"{r.faint} of {len(r.ratios)} channels nearly dead"
+        ),
     ),
     _channel("kurtosis", "Specialised channels have heavy-tailed marginals (Fig. 13)"),
     _channel("spatial", "Specialised channels are spatially sparse (Fig. 13)"),

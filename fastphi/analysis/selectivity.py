@@ -22,8 +22,9 @@ class Selectivity(Result):
     """PR over the data set of every channel, (C,), in (0, 1]: small is selective; NaN: a dead channel.
 
     faint: how many channels never reach 1 % of what the strongest reaches: nearly dead, and selective in
-    name only. dip, p: Hartigan's dip of the values and its probability under one mode. controls: {name: (C,)}:
-    other representations of the same images, and a Gaussian of the same mean and covariance.
+    name only. dip, p: Hartigan's dip of the values and its probability under one mode.
+    controls: {name: (C,)}: other representations of the same images, and a Gaussian of the same mean
+    and covariance.
     shown (Fig. 3): more than one mode (p < 0.01), and a lowest quartile whose median is below 0.5
     (a Gaussian channel, whatever its mean, has 2/π or more); and no control has both.
     """
