@@ -277,6 +277,7 @@ def analyze(
     training: Path | None = None,
     limit: int | None = None,
     sigma: float | None = None,
+    stages: tuple[str, ...] | None = None,
     seed: int = 0,
     device: str = "cpu",
     backend: Backend = "auto",
@@ -292,6 +293,7 @@ def analyze(
         training: the pack the model was trained on, to look for copies of it among samples.
         limit: images to use at most (default 2000; quick 500).
         sigma: the noise level of φ, in units of images in [0, 1] (default 0.2).
+        stages: only these (sparsity, stability, ... as in numbers.json); others that were done are kept.
         seed: of noise, subsets and clusterings.
         device: cpu or cuda.
         backend: the engine; auto takes the fastest that can serve.
@@ -305,6 +307,7 @@ def analyze(
         out,
         quick=quick,
         training=training,
+        stages=stages,
         device=device,
         backend=backend,
         options=options,

@@ -129,6 +129,7 @@ def analyze_command(
     *,
     quick: bool,
     training: Path | None,
+    stages: tuple[str, ...] | None,
     device: str,
     backend: str,
     options: dict[str, Any],
@@ -142,10 +143,12 @@ def analyze_command(
     settings = replace(QUICK if quick else Settings(), **given)
     with files.locked(out, "analyze"):
         study = Study(loaded, images, out, settings, training=training, progress=True)
-        results = study.run()
+        results = study.run(stages)
         page = study_report.write(study, results)
-        picked = explorer.write(study, out / "explorer.html")
-    print(f"{page}: {len(results)} analyses\n{picked}: the explorer of {len(study.rows)} images")
+        print(f"{page}: {len(results)} analyses")
+        if "map" in results:
+            picked = explorer.write(study, out / "explorer.html")
+            print(f"{picked}: the explorer of {min(len(study.rows), explorer.MOST)} images")
 
 
 def sample_command(

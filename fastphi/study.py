@@ -5,7 +5,7 @@ Every stage's result is stored when it is done, so that an interrupted study goe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,10 @@ import numpy as np
 from torch import Tensor
 
 import fastphi
-from fastphi import checkpoint, data, files
+from fastphi import checkpoint, data, files, validate
 from fastphi.analysis import record
 from fastphi.analysis.channels import Channels, channels
-from fastphi.analysis.clusters import Agreement, Clusters, KMeans, agreement, clusters
+from fastphi.analysis.clusters import Agreement, Clusters, KMeans, agreement, clusters, kmeans
 from fastphi.analysis.common import Result, principal, untrained
 from fastphi.analysis.divergence import Divergence, conditional_divergence
 from fastphi.analysis.embedding import Embedding, embedding
@@ -226,11 +226,14 @@ class Study:
         """Of the stages that are done, in order."""
         return {name: self._load(name) for name in STAGES if self._file(name).exists()}
 
-    def run(self) -> Mapping[str, Result]:
-        """Every stage that applies; what is done already is read."""
+    def run(self, stages: Sequence[str] | None = None) -> Mapping[str, Result]:
+        """Every stage that applies, or those of `stages`; what is done already is read."""
         from tqdm.auto import tqdm
 
-        with tqdm(STAGES, desc="analyze", unit="stage", disable=not self.progress) as bar:
+        for name in stages or ():
+            validate.choice(name, "stages", STAGES)
+        wanted = [name for name in STAGES if stages is None or name in stages]
+        with tqdm(wanted, desc="analyze", unit="stage", disable=not self.progress) as bar:
             for name in bar:
                 bar.set_postfix_str(name)
                 if name not in self.results and (result := STAGES[name](self)) is not None:
@@ -297,8 +300,8 @@ def _map(s: Study) -> Result:
 
 def clusters_of(s: Study) -> np.ndarray:
     """(N,): each row's cluster."""
-    found: Any = s.results["clusters"]
-    return found.clusters.labels
+    found: Any = s.results.get("clusters")
+    return (kmeans(s.phi, _count(s)) if found is None else found.clusters).labels
 
 
 def _likeness(s: Study) -> Result:

@@ -73,6 +73,9 @@ def test_a_study_goes_on_where_it_stopped(make_model, images, tmp_path, monkeypa
 def test_without_labels_or_training_images(make_model, images, tmp_path):
     plain = MemoryImages(images.batch(range(64)))
     one = Study(make_model(), plain, tmp_path, TINY)
+    assert list(one.run(["map"])) == ["map"]
+    with pytest.raises(ValueError, match="stages: expected one of .*; got 'nothing'"):
+        one.run(["nothing"])
     missing = {"neighbours", "probe", "memorisation"}
     assert all(study.STAGES[name](one) is None for name in missing)
 

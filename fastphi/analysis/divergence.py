@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Divergence(Result):
-    """d² of pairs of conditional densities (P,), its Monte-Carlo standard error (P,), and ‖φ₁ − φ₂‖²
-    (P,) at `phi_sigma`; controls: {name: (P,)} other squared distances of the same pairs.
+    """d² of pairs of conditional densities (P,), its Monte-Carlo standard error (P,), NaN of one path,
+    and ‖φ₁ − φ₂‖² (P,) at `phi_sigma`; controls: {name: (P,)} other squared distances of the same pairs.
 
     sigmas: the levels of the quadrature. shown (Fig. 8): Spearman's ρ of d² with ‖φ₁ − φ₂‖² is at least
     0.5, with p < 0.01, and above every control's.
@@ -76,7 +76,9 @@ class Divergence(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         ax = new_axes(ax)
-        ax.errorbar(self.distance, self.squared, yerr=self.error, fmt="o", ms=4, lw=0.8)
+        ax.errorbar(
+            self.distance, self.squared, yerr=np.nan_to_num(self.error), fmt="o", ms=4, lw=0.8
+        )
         end = float(self.distance.max())
         for name in ("A", "B"):
             ax.plot([0, end], [0, self.bounds[name] * end], "--", color="0.7")
@@ -122,7 +124,9 @@ def divergence(
         )
     each = integrate(sigmas, squares)  # (P, 2, n): paths are independent of each other
     n = each.shape[2]
-    error = np.sqrt(each.var(axis=2, ddof=1).sum(axis=1) / n) if n > 1 else np.zeros(len(each))
+    error = (
+        np.sqrt(each.var(axis=2, ddof=1).sum(axis=1) / n) if n > 1 else np.full(len(each), np.nan)
+    )
     count = len(distance)
     return Divergence(
         np.asarray(pairs) if pairs is not None else np.arange(2 * count).reshape(count, 2),
