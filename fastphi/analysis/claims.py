@@ -331,7 +331,7 @@ CLAIMS = (
         lambda r: r.bounds["q95/q5"] <= 5.8,
         lambda r: (
             f"B/A {r.bounds['B/A']:.1f}, 95 %/5 % {r.bounds['q95/q5']:.1f}; Monte-Carlo error "
-            f"{100 * _median(r.error / r.squared):.0f} % of d² (median)"
+            f"{100 * _median(r.error / r.squared):.0f} % of d² (median; nan where there is one path)"
         ),
     ),
     Claim(
