@@ -1,7 +1,8 @@
 """The paper's claims, each with the rule for its verdict, fixed before anything was measured.
 
 "reproduced": the rule holds. "weaker": it does not, but the second, milder rule does: the effect has
-the paper's direction, and a control or a threshold is missed. Otherwise "not reproduced".
+the paper's direction, and a control or a threshold is missed. Otherwise "not reproduced". The file is
+one table, and as long as there are claims.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Rule = Callable[[Any], bool]
 @dataclass(frozen=True)
 class Claim:
     """name: its key. needs: the result it is judged by. text: the claim, with the figure of the paper.
-    rule, weaker: in words and as functions of that result. number: what was found, in words."""
+    rule, weaker: in words and as functions of that result. number: what was found, in words.
+    applies: whether there is anything to judge, labels for instance."""
 
     name: str
     needs: str
@@ -31,6 +33,7 @@ class Claim:
     full: Rule
     partial: Rule
     number: Number
+    applies: Rule = lambda result: True  # noqa: E731
 
     def verdict(self, result: Any) -> str:
         if self.full(result):
@@ -49,7 +52,7 @@ def judge(results: Mapping[str, Any]) -> list[dict[str, str]]:
             "verdict": c.verdict(results[c.needs]),
         }
         for c in CLAIMS
-        if c.needs in results
+        if c.needs in results and c.applies(results[c.needs])
     ]
 
 
