@@ -1,12 +1,14 @@
 """Builds fastphi/_cpu, and fastphi/_cuda where a CUDA toolkit and a torch with CUDA are found.
 
 Shared objects of torch operators on the LibTorch stable ABI, with no Python in them: one build serves
-every Python and every torch from 2.10 on. Whether there is a GPU does not matter. Environment:
+every Python and every torch from 2.10 on. With CUDA and pybind11 also fastphi/_graph, which knows no
+torch, but is made for one Python. Whether there is a GPU does not matter. Environment:
     FASTPHI_CUDA=auto|0|1           1: without a toolkit the build fails, saying why
     CUDA_HOME                       the toolkit, where it is not the one of nvcc on the PATH
     TORCH_CUDA_ARCH_LIST, MAX_JOBS  torch's own
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -16,7 +18,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 
 def toolkit():
@@ -87,6 +89,7 @@ CUDA_SOURCES = [
     "csrc/cuda/noisy_image.cu",
     "csrc/cuda/spatial_mean.cu",
 ]
+GRAPH_SOURCES = ["csrc/graph/module.cpp", "csrc/graph/while_graph.cu"]
 # -fmad=false: as -ffp-contract=off, for the same bits as the CPU. It costs little: no kernel here is
 # a matrix product.
 NVCC_FLAGS = ["-O3", "-fmad=false"]
@@ -172,8 +175,24 @@ if with_cuda():
             py_limited_api=True,
         )
     )
+    if importlib.util.find_spec("pybind11"):
+        import pybind11
+
+        extensions.append(
+            Extension(
+                "fastphi._graph",
+                GRAPH_SOURCES,
+                depends=headers,
+                include_dirs=[pybind11.get_include(), str(Path(CUDA_HOME, "include"))],
+                library_dirs=[str(Path(CUDA_HOME, "lib64"))],
+                libraries=["cudart"],
+                extra_compile_args={"cxx": ["-O3", "-g0", "-Wall"], "nvcc": ["-O3"]},
+                language="c++",
+            )
+        )
+any_python = extensions[-1].name != "fastphi._graph"
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if any_python else {},
 )

@@ -9,6 +9,7 @@ filled costs no more than the images in it.
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +25,32 @@ STEPS = (
     4  # iterations in a graph: a look at the flag every millisecond or so, next to none for nothing
 )
 ROWS = 128  # the losses' rows come in multiples of this: one graph for most `max_iter`
+
+
+def while_graph() -> Any:
+    """The class that runs a graph in a loop on the device, if FASTPHI_MATCH_LOOP asks for that, or None.
+
+    "poll" (the default): the host replays, and looks at a flag. "while": a WHILE node of CUDA 12.4,
+    without the host; RuntimeError where that is not to be had. The same numbers either way.
+    """
+    wanted = os.environ.get("FASTPHI_MATCH_LOOP", "poll")
+    if wanted not in ("poll", "while"):
+        raise ValueError(f"FASTPHI_MATCH_LOOP: expected poll or while, got {wanted!r}")
+    if wanted == "poll":
+        return None
+    try:
+        from fastphi import _graph  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise RuntimeError(
+            f"FASTPHI_MATCH_LOOP=while: fastphi._graph cannot be imported ({error}); it is built where"
+            " nvcc, a CUDA torch and pybind11 are found"
+        ) from None
+    if (version := _graph.driver_version()) < 12040:
+        raise RuntimeError(
+            "FASTPHI_MATCH_LOOP=while: WHILE nodes need a driver of CUDA 12.4 or later, this one is of "
+            f"{version // 1000}.{version % 1000 // 10}"
+        )
+    return _graph.WhileGraph
 
 
 def capacity(n: int) -> int:
@@ -94,8 +121,17 @@ class MatchPlan(Plan):
         self.launches.append(functools.partial(ops.match_remaining, self.active, self.remaining))
         self.graph, self.held = None, False
         self.done = torch.cuda.Event() if device.type == "cuda" else None
+        self.on_device: Any = None  # the loop, where it runs without the host
         if self.done is not None:
             self._capture()
+
+    def _capture(self) -> None:
+        make = while_graph()
+        self.graph_options = {"keep_graph": make is not None}
+        super()._capture()
+        if make is not None and self.graph is not None:
+            body = self.graph.raw_cuda_graph()
+            self.on_device = make(body=body, remaining=self.remaining.data_ptr())
 
     def _make_state(self, shape: tuple[int, ...], rows: int) -> None:
         """No image is active yet: a run then does nothing but compile."""
@@ -136,6 +172,9 @@ class MatchPlan(Plan):
     def loop(self, max_iter: int) -> None:
         """Run until every image has stopped. On a GPU, the next run is queued before the flag of the
         one before is looked at; a run with no image left does nothing."""
+        if self.on_device is not None:
+            self.on_device.launch(torch.cuda.current_stream().cuda_stream)
+            return
         looked_at: torch.cuda.Event | None = None
         for _ in range(max_iter // STEPS + 2):
             self.run()

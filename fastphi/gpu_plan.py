@@ -150,6 +150,8 @@ class Plan:
         if self.done is not None:
             self._capture()
 
+    graph_options: dict[str, bool] = {}  # of torch.cuda.CUDAGraph
+
     # Before and after a use: the memory is one user's at a time, on whichever streams they are.
 
     def wait(self) -> None:
@@ -175,7 +177,7 @@ class Plan:
         self.image.zero_()
         self.run()  # compiles and loads, which a capture must not
         torch.cuda.current_stream().synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(**self.graph_options)
         # torch's own capture stream is on the device that captured first
         stream = torch.cuda.Stream(self.device)
         with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):

@@ -114,6 +114,18 @@ def test_replay_equals_eager_launches():
     same(*results)
 
 
+def test_a_loop_on_the_device_gives_the_same(monkeypatch):
+    pytest.importorskip("fastphi._graph", reason="fastphi._graph is not built (pybind11)")
+    given = case(6)
+    want = match(gpu.GPURunner(network()), *given)
+    monkeypatch.setenv("FASTPHI_MATCH_LOOP", "while")
+    runner = gpu.GPURunner(network())
+    for _ in range(2):
+        same(match(runner, *given), want)
+    (plan,) = runner._plans.values()
+    assert plan.on_device is not None
+
+
 def test_bits_do_not_depend_on_company():
     x, target, weight = case(70)
     whole = match(gpu.GPURunner(network()), x, target, weight)

@@ -8,7 +8,7 @@ kernels  every csrc/cuda/*.cu through nvcc for sm_80 and sm_90a, warnings as err
 threads  the same kernels as C++ on the CPU's threads, against the CPU's operators, to the bit
          (tools/gpu_static_threads.py).
 link     csrc/cuda compiled and linked against a torch with CUDA: the wheel's headers and libraries,
-         fetched into the cache (0.5 GB) and unpacked there (1 GB), once.
+         fetched into the cache (0.5 GB) and unpacked there (1 GB), once; and csrc/graph, imported.
 triton   tools/gpu_static_triton.py under each of the Triton versions, fetched into the cache (1.6 GB).
 
 Nothing is run on a GPU, so nothing here says anything about speed.
@@ -173,6 +173,37 @@ def cuda_torch(cache: Path) -> Path:
     return folder / "torch"
 
 
+def check_graph(compiler: str, toolkit: Path) -> None:
+    """fastphi/_graph, compiled and imported: without a driver it must say so in one clear error."""
+    with tempfile.TemporaryDirectory() as name:
+        objects = []
+        pybind = run(sys.executable, "-m", "pybind11", "--includes").split()
+        for source in map(Path, from_setup("GRAPH_SOURCES")):
+            objects.append(Path(name, source.name + ".o"))
+            if source.suffix == ".cu":
+                flags = ["-O3", f"-arch={ARCHS[-1]}", "-Xcompiler", "-fPIC,-Wall,-Wextra"]
+                flags += ["-Werror", "all-warnings"]
+                run(compiler, *flags, "-c", ROOT / source, "-o", objects[-1])
+            else:
+                flags = [
+                    "-O3",
+                    "-Wall",
+                    "-Werror",
+                    "-fPIC",
+                    *pybind,
+                    "-isystem",
+                    toolkit / "include",
+                ]
+                run("g++", *flags, "-c", ROOT / source, "-o", objects[-1])
+        out = Path(name, "_graph.so")
+        run("g++", "-shared", *objects, "-o", out, f"-L{toolkit / 'lib64'}", "-lcudart")
+        code = "import _graph\ntry: _graph.WhileGraph(body=0, remaining=0)\n"
+        code += "except RuntimeError as error: assert 'while_graph: ' in str(error), error"
+        environment = {"PYTHONPATH": name, "LD_LIBRARY_PATH": str(toolkit / "lib64")}
+        run(sys.executable, "-c", code, env={**os.environ, **environment})
+        print("  fastphi/_graph compiles, links and imports")
+
+
 def check_link(compiler: str, toolkit: Path, cache: Path) -> None:
     """fastphi/_cuda as setup.py builds it, against that torch; every symbol must be found."""
     torch = cuda_torch(cache)
@@ -241,6 +272,7 @@ def main() -> None:
             print(run(sys.executable, script, "--toolkit", toolkit), end="")
         else:
             check_link(compiler, toolkit, cache)
+            check_graph(compiler, toolkit)
     if wrong:
         sys.exit("\n".join(["Not as it should be:", *wrong]))
     print("All as it should be.")
