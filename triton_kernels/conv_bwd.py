@@ -124,7 +124,7 @@ def d_s_per_image(
     c: int, c_in: int, H: int, W: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """T of `d_s` (N, T); c, c_in: channels of d_z and of d_r."""
-    t = tiles.tile((c,), c_in, H, W, dtype, capability(device))
+    t = tiles.conv_bwd_tile(c, c_in, H, W, dtype, capability(device))
     return cdiv(H, t.rows) * cdiv(W, t.columns) * cdiv(c_in, t.block_n)
 
 
@@ -174,7 +174,7 @@ def conv_bwd(
     check_active(OP, active, d_z)
     N, H, W, c = d_z.shape
     c_in = len(weight)
-    t = tiles.tile((c,), c_in, H, W, d_z.dtype, capability(d_z.device))
+    t = tiles.conv_bwd_tile(c, c_in, H, W, d_z.dtype, capability(d_z.device))
     boxes, blocks = cdiv(H, t.rows) * cdiv(W, t.columns), cdiv(c_in, t.block_n)
     _check(d_z, weight, r, s, s_z, d_r, d_s, boxes * blocks, masked)
     if d_z.numel() == 0:

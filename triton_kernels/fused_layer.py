@@ -233,6 +233,8 @@ def fused_layer_fwd(
     c_out = len(weight)
     c_in = (c1, c2) if c2 else (c1,)
     t = tiles.tile(c_in, c_out, H, W, r.dtype, capability(r.device))
+    if z_out is not None and not t.descriptors:
+        t = t._replace(stages=2)  # with the addresses of z too, more spills under Triton 3.9
     boxes, blocks = cdiv(H, t.rows) * cdiv(W, t.columns), cdiv(c_out, t.block_n)
     _check_outputs(r, c_out, boxes, blocks, r_out, pooled, partials, sums, z_out)
     if r.numel() == 0:

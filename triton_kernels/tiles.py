@@ -152,11 +152,17 @@ def _tile(kind: str, row: Row, channels: int, c_in: tuple[int, ...], H: int, W: 
 def tile(
     c_in: tuple[int, ...], c_out: int, H: int, W: int, dtype: torch.dtype, capability: int
 ) -> Tile:
-    """Of the fused layer, and of `conv_bwd`, whose c_in is (d_z's,) and c_out d_r's. c_in: the channels
-    of each source. (conv_bwd: r is read after the last step, into memory that the steps have left.)"""
+    """Of the fused layer. c_in: the channels of each source."""
     kind = kind_of(dtype, capability, *c_in, c_out)
     row = next(row for row in CONV[kind] if c_out >= row.c_out)
     return _tile(kind, row, c_out, c_in, H, W)
+
+
+def conv_bwd_tile(c: int, c_in: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:
+    """Of `conv_bwd`; c, c_in: channels of d_z and of d_r. The fused layer's: r is read after the last
+    step, into memory that the steps have left. In fp32 half a step, as 32 spills under Triton 3.9."""
+    t = tile((c,), c_in, H, W, dtype, capability)
+    return t._replace(block_k=16) if dtype == torch.float32 else t
 
 
 def upsample_tile(c: int, c_out: int, H: int, W: int, dtype: torch.dtype, capability: int) -> Tile:
