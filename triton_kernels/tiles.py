@@ -80,8 +80,8 @@ UPSAMPLE = {
     "float32": Row(1, 64, 64, 16, 4, 2),  # 32 spills under Triton 3.9
 }
 
-# The first layer: one step, bound by what it writes. Small programs, many to a multiprocessor. By pointers 8
-# warps: with 4, an image of 4 channels spills on sm_80.
+# The first layer: one step, bound by what it writes. Small programs, many to a multiprocessor. By
+# pointers 8 warps: with 4, an image of 4 channels spills on sm_80.
 FIRST = {
     "sm_90 descriptors": Row(1, 128, 64, 64, 4, 1),
     "pointers": Row(1, 128, 64, 64, 8, 1),
