@@ -32,6 +32,7 @@ void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Te
                  double tolerance, int64_t start, int64_t steps);
 Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed);
 Tensor pack_upsample_weights(Tensor weight);
+int64_t weights_stamp(std::vector<Tensor> parameters);
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width);
 void combine_stats(Tensor partials, double eps, Tensor s);

@@ -167,7 +167,8 @@ class CPURunner:
         else:
             prefixes = [*(f"enc{b}." for b in blocks), "mid."]
         mine = {n: p.detach() for f in prefixes for n, p in parameters.items() if n.startswith(f)}
-        key = tuple((p.data_ptr(), _version(p), p.dtype) for p in mine.values())
+        stamp = torch.ops.fastphi.weights_stamp(list(mine.values()))
+        key = (stamp, *((p.data_ptr(), _version(p), p.dtype) for p in mine.values()))
         if part not in self._packed or self._packed[part][0] != key:
             self._packed[part] = (key, self._pack(mine, transposed=part == "transposed"))
         return self._packed[part][1]

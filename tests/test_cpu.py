@@ -161,6 +161,22 @@ def test_weights_are_packed_anew_when_they_change(make_model, name):
     close(model.double()(x.double()), oracle.double()(x.double()), 1e-12)
 
 
+@pytest.mark.parametrize("name", ["enc2.0.weight", "up1.weight"])
+@torch.no_grad()
+def test_a_change_that_torch_does_not_count_is_seen(make_model, name):
+    """As optimisers and averages write, some of them: through `.data`; and a weight of any layout."""
+    model, oracle = make_model(backend="cpu"), make_model(backend="reference")
+    x = image(6, 1, 3, 8, 8).float()
+    model(x)
+    for m in (model, oracle):
+        m.get_parameter(name).data.mul_(1.5)
+    close(model(x), oracle(x).double(), 2e-5)
+    model.to(memory_format=torch.channels_last)
+    for m in (model, oracle):
+        m.get_parameter(name).data.mul_(1.5)
+    close(model(x), oracle(x).double(), 2e-5)
+
+
 def test_match_after_a_change_of_weights(make_model):
     model = make_model(backend="cpu")
     x = image(7, 1, 3, 8, 8).float()

@@ -1,5 +1,8 @@
 // Weights in the order in which the kernels read them, Winograd's transformed (conv.h): done once
-// per model by the runner.
+// per model by the runner, and again where their stamp says that they have changed.
+#include <algorithm>
+#include <cstring>
+
 #include "../operators.h"
 #include "conv.h"
 #include "launch.h"
@@ -38,6 +41,27 @@ Tensor pack_upsample_weights(Tensor weight) {
     pack_upsample<T>(data<T>(weight), cin, cout, false, mutable_data<T>(out));
   });
   return out;
+}
+
+// A number that changes with the weights, from a few values of each tensor: an optimiser or an
+// average that writes through `.data` leaves torch's own version counter as it was.
+int64_t weights_stamp(std::vector<Tensor> parameters) {
+  constexpr i64 samples = 16;
+  uint64_t stamp = 0;
+  for (const Tensor& p : parameters) {
+    const i64 n = p.numel(), size = static_cast<i64>(p.element_size());
+    const auto* bytes = static_cast<const unsigned char*>(p.const_data_ptr());
+    for (i64 k = 0; k < std::min(samples, n); ++k) {
+      i64 rest = n > samples ? k * (n - 1) / (samples - 1) : k, at = 0;
+      for (i64 d = p.dim(); d-- > 0; rest /= p.sizes()[d])
+        at += rest % p.sizes()[d] * p.strides()[d];
+      uint64_t value = 0;
+      std::memcpy(&value, bytes + at * size, std::min<i64>(size, sizeof value));
+      stamp = (stamp ^ value) * 0x9e3779b97f4a7c15u;  // Fibonacci hashing
+      stamp ^= stamp >> 29;
+    }
+  }
+  return static_cast<int64_t>(stamp);
 }
 
 }  // namespace fastphi
