@@ -55,16 +55,28 @@ FLAGS = ["-O3", "-g0", "-fno-math-errno", "-Wall", "-DTORCH_TARGET_VERSION=0x020
 # Multiplications and additions are fused in the kernels and nowhere else: the bits of noise_normal
 # are defined with every operation rounded on its own.
 KERNELS = ["-ffp-contract=fast", "-Wno-psabi"]
+AVX512 = [
+    "-mavx512f",
+    "-mavx512dq",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mfma",
+    "-mprefer-vector-width=512",
+]
+# gcc 12 takes the undefined operand of its own intrinsics for a mistake
+BF16 = [*AVX512, "-mavx512bf16", "-Wno-maybe-uninitialized"]
 FLAGS_OF = {
+    "csrc/cpu/bf16_amx.cpp": KERNELS + [*BF16, "-mamx-tile", "-mamx-bf16"] * X86,
+    "csrc/cpu/bf16_avx512.cpp": KERNELS + BF16 * X86,
     "csrc/cpu/kernels_plain.cpp": KERNELS,
     "csrc/cpu/kernels_avx2.cpp": KERNELS + ["-mavx2", "-mfma"] * X86,
-    "csrc/cpu/kernels_avx512.cpp": KERNELS
-    + ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
-    * X86,
+    "csrc/cpu/kernels_avx512.cpp": KERNELS + AVX512 * X86,
 }
 SOURCES = [
     "csrc/ops.cpp",
     "csrc/cpu/avg_pool.cpp",
+    "csrc/cpu/bf16_launch.cpp",
+    "csrc/cpu/bf16_unet.cpp",
     "csrc/cpu/combine.cpp",
     "csrc/cpu/conv.cpp",
     "csrc/cpu/fused_layer.cpp",

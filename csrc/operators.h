@@ -26,6 +26,9 @@ Tensor spatial_mean_bwd(Tensor d_mean, int64_t height, int64_t width);
 std::tuple<Tensor, Tensor> unet_fwd(Tensor x, Shape channels, Shape enc_layers, int64_t mid_layers,
                                     Shape dec_layers, double eps, std::vector<Tensor> packed,
                                     int64_t blocks);
+std::tuple<Tensor, Tensor> unet_fwd_bf16(Tensor x, Shape channels, Shape enc_layers,
+                                         int64_t mid_layers, Shape dec_layers, double eps,
+                                         std::vector<Tensor> packed, int64_t blocks);
 void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
                  Tensor target, Tensor weight, Shape channels, Shape enc_layers, int64_t mid_layers,
                  double eps, std::vector<Tensor> packed, std::vector<Tensor> packed_t, double lr,

@@ -1,6 +1,7 @@
 // Every operator of fastphi. Activations are NHWC and dense, (N, H, W, C), with one scalar per
 // image beside them: the true activation is s * r. float32 and float64. What each computes: the
 // file of its name in cpu/, or in cuda/ for those that the GPU has too (cuda/operators.cpp).
+#include "cpu/bf16.h"
 #include "cpu/isa.h"
 #include "operators.h"
 
@@ -42,6 +43,9 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "float eps, "
       "Tensor[] packed, int blocks) -> (Tensor image, Tensor means)");
   m.def(
+      "unet_fwd_bf16(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "
+      "float eps, Tensor[] packed, int blocks) -> (Tensor image, Tensor means)");
+  m.def(
       "match_steps(Tensor(a!) x, Tensor(b!) m, Tensor(c!) v, Tensor(d!) losses, Tensor(e!) "
       "updates, "
       "Tensor(f!) active, Tensor target, Tensor weight, int[] channels, int[] enc_layers, int "
@@ -79,7 +83,8 @@ namespace {
 // JSON: what was compiled and what runs.
 std::string build_info() {
   return "{\"isa\": \"" + isa_in_use() + "\", \"isas compiled\": \"" + isas_compiled() +
-         "\", \"compiler\": \"" __VERSION__ "\", \"torch target\": \"" +
+         "\", \"bf16\": " + (bf16_kernels() ? "true" : "false") +
+         ", \"compiler\": \"" __VERSION__ "\", \"torch target\": \"" +
          std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
          std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff) +
          "\", \"flags\": \"" FASTPHI_BUILD_FLAGS "\"}";
@@ -102,6 +107,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("pack_upsample_weights", TORCH_BOX(&pack_upsample_weights));
   m.impl("weights_stamp", TORCH_BOX(&weights_stamp));
   m.impl("unet_fwd", TORCH_BOX(&unet_fwd));
+  m.impl("unet_fwd_bf16", TORCH_BOX(&unet_fwd_bf16));
   m.impl("match_steps", TORCH_BOX(&match_steps));
   m.impl("noise_normal", TORCH_BOX(&noise_normal));
   m.impl("combine_stats", TORCH_BOX(&combine_stats));

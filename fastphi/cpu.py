@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastphi import ops
+from fastphi import cpu_bf16, ops, reference
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet, UNetConfig
@@ -19,11 +20,38 @@ def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str
         return reason
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 and float64, not in {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16:
+        if (reason := _refuses_bf16(config)) is not None:
+            return reason
+    elif dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32, float64 and bfloat16, not in {_name(dtype)}"
     if config.norm != "std":
         return f"norm {config.norm!r} subtracts a mean inside the ReLU, which cannot be deferred"
     return None
+
+
+def ops_refuse(dtype: torch.dtype) -> str | None:
+    """Why the differentiable ops cannot serve what the engine does not refuse, or None."""
+    if dtype in (torch.float32, torch.float64):
+        return None
+    return f"where a gradient is needed it computes in float32 and float64, not in {_name(dtype)}"
+
+
+def _refuses_bf16(config: UNetConfig) -> str | None:
+    build = json.loads(torch.ops.fastphi.build_info())
+    if not build["bf16"]:
+        return (
+            f"bfloat16 needs AVX512_BF16 or AMX, and instruction set {build['isa']} is what this "
+            "processor, or FASTPHI_ISA, leaves it"
+        )
+    most, channels = cpu_bf16.IMAGE_CHANNELS, config.image_channels
+    if channels > most:
+        return f"in bfloat16 images have at most {most} channels, not {channels}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Deferred(NamedTuple):
@@ -85,16 +113,14 @@ class CPURunner:
 
     @torch.no_grad()
     def denoise(self, x: Tensor) -> Tensor:
-        x = x.detach().contiguous()
-        out, _ = torch.ops.fastphi.unet_fwd(x, *self._network(decoder=True), 0)
-        return x - out if self.model.config.residual else out
+        image, out, _ = self._forward(x, 0, decoder=True)
+        return (image - out if self.model.config.residual else out).to(x.dtype)
 
     @torch.no_grad()
     def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]:
         names = self.model.config.block_names
         names = names[: names.index(until or names[-1]) + 1]
-        network = self._network(decoder=names[-1].startswith("dec"))
-        _, means = torch.ops.fastphi.unet_fwd(x.detach().contiguous(), *network, len(names))
+        _, _, means = self._forward(x, len(names), decoder=names[-1].startswith("dec"))
         widths = [self.model.config.channels[_depth(self.model.config, name)] for name in names]
         return {
             name: part.contiguous()
@@ -105,6 +131,10 @@ class CPURunner:
     def match(
         self, x: Tensor, target: Tensor, weight: Tensor, lr: float, max_iter: int, tolerance: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if ops.compute_dtype(x) == torch.bfloat16:
+            # its gradients are not compiled yet
+            plain = reference.ReferenceRunner(self.model)
+            return plain.match(x, target, weight, lr, max_iter, tolerance)
         x = x.detach().clone(memory_format=torch.contiguous_format)
         m, v = torch.zeros_like(x), torch.zeros_like(x)
         losses = x.new_full((max_iter + 1, len(x)), torch.nan)
@@ -141,11 +171,19 @@ class CPURunner:
         converged = reached if tolerance > 0 else torch.zeros_like(reached)
         return x, losses, updates, converged
 
-    def _network(self, decoder: bool) -> tuple[Any, ...]:
+    def _forward(self, x: Tensor, blocks: int, decoder: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """unet_fwd's input, image and means, in the dtype to compute in; bfloat16 has float32 for them."""
+        low = ops.compute_dtype(x) == torch.bfloat16
+        run = torch.ops.fastphi.unet_fwd_bf16 if low else torch.ops.fastphi.unet_fwd
+        x = (x.detach().float() if low else x.detach()).contiguous()
+        return x, *run(x, *self._network(decoder, low), blocks)
+
+    def _network(self, decoder: bool, low: bool = False) -> tuple[Any, ...]:
         """What unet_fwd wants to know of the model: sizes, and parameters in network order."""
         config = self.model.config
         dec_layers = config.dec_layers if decoder else ()
-        packed = self._parameters("encoder") + (self._parameters("decoder") if decoder else [])
+        packed = self._parameters("encoder", low)
+        packed = packed + self._parameters("decoder", low) if decoder else packed
         return (
             config.channels,
             config.enc_layers,
@@ -155,8 +193,10 @@ class CPURunner:
             packed,
         )
 
-    def _parameters(self, part: str) -> list[Tensor]:
+    def _parameters(self, part: str, low: bool = False) -> list[Tensor]:
         """Packed parameters of "encoder" (with the middle block), "decoder", or "transposed".
+
+        low: for bfloat16.
 
         Three tensors per convolution: weights, bias, gamma; empty for none.
         """
@@ -169,9 +209,11 @@ class CPURunner:
         mine = {n: p.detach() for f in prefixes for n, p in parameters.items() if n.startswith(f)}
         stamp = torch.ops.fastphi.weights_stamp(list(mine.values()))
         key = (stamp, *((p.data_ptr(), _version(p), p.dtype) for p in mine.values()))
-        if part not in self._packed or self._packed[part][0] != key:
-            self._packed[part] = (key, self._pack(mine, transposed=part == "transposed"))
-        return self._packed[part][1]
+        name = f"{part} bf16" if low else part
+        if name not in self._packed or self._packed[name][0] != key:
+            pack = self._pack_low if low else self._pack
+            self._packed[name] = (key, pack(mine, transposed=part == "transposed"))
+        return self._packed[name][1]
 
     def _pack(self, parameters: dict[str, Tensor], transposed: bool) -> list[Tensor]:
         packed = []
@@ -184,13 +226,39 @@ class CPURunner:
             if layer.startswith("up"):
                 first = torch.ops.fastphi.pack_upsample_weights(weight)
             else:
-                cin = weight.shape[1]
-                # a decoder block's first layer reads the up-sampled channels, then the skip's
-                own = cin // 2 if layer.startswith("dec") and layer.endswith(".0") else cin
-                first = torch.ops.fastphi.pack_conv_weights(weight, own, transposed)
+                first = torch.ops.fastphi.pack_conv_weights(weight, _own(layer, weight), transposed)
             rest = [parameters.get(f"{layer}.{kind}", none) for kind in ("bias", "gamma")]
             packed += [first, *(p.contiguous() for p in rest)]
         return packed
+
+    def _pack_low(self, parameters: dict[str, Tensor], transposed: bool) -> list[Tensor]:
+        packed = []
+        image = f"dec1.{len(self.model.dec1) - 1}"  # type: ignore[arg-type]
+        for name, weight in parameters.items():
+            layer, _, kind = name.rpartition(".")
+            if kind != "weight":
+                continue
+            up = layer.startswith("up")
+            if up:
+                first = cpu_bf16.upsample(weight)
+            elif layer == "enc1.0":
+                first = cpu_bf16.first(weight)
+            elif layer == image:
+                first = cpu_bf16.last(weight)
+            else:
+                first = cpu_bf16.conv(weight, _own(layer, weight))
+            none = torch.empty(0)
+            zeros = none if up else weight.new_zeros(weight.shape[0])
+            rest = [parameters.get(f"{layer}.bias", zeros), parameters.get(f"{layer}.gamma", none)]
+            packed += [first, *(cpu_bf16.padded(p) for p in rest)]
+        return packed
+
+
+def _own(layer: str, weight: Tensor) -> int:
+    """Input channels of the first source: a decoder block's first layer reads the up-sampled channels,
+    then as many of the skip's."""
+    cin = weight.shape[1]
+    return cin // 2 if layer.startswith("dec") and layer.endswith(".0") else cin
 
 
 def _depth(config: UNetConfig, block: str) -> int:

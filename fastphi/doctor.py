@@ -59,22 +59,41 @@ def text(found: dict[str, Any]) -> str:
     for row in found["engines"]:
         lines.append(f"  {row['device']:<5} {row['dtype']:<9} -> {row['engine']}")
         lines += [f"  {'':<18}not {name}: {reason}" for name, reason in row["refused"].items()]
+        if row["with gradient"] != row["engine"]:
+            lines.append(f"  {'':<18}with a gradient -> {row['with gradient']}")
+            refused = row["with gradient refused"].items()
+            lines += [f"  {'':<18}not {name}: {reason}" for name, reason in refused]
     return "\n".join(lines)
 
 
 def _engines(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for dtype in _DTYPES:
-        refused: dict[str, str] = {}
-        for candidate in (e for e in engine.ENGINES if e.made_for(device)):
-            reason = candidate.refuses(UNetConfig(), device, dtype)
-            if reason is None:
-                break
-            refused[candidate.name] = reason
-        name = f"{candidate.name} ({candidate.what})"
-        short = str(dtype).removeprefix("torch.")
-        rows.append({"device": device.type, "dtype": short, "engine": name, "refused": refused})
+        (runner, refused), (ops, ops_refused) = (_serving(device, dtype, g) for g in (False, True))
+        rows.append(
+            {
+                "device": device.type,
+                "dtype": str(dtype).removeprefix("torch."),
+                "engine": runner,
+                "refused": refused,
+                "with gradient": ops,
+                "with gradient refused": ops_refused,
+            }
+        )
     return rows
+
+
+def _serving(
+    device: torch.device, dtype: torch.dtype, gradient: bool
+) -> tuple[str, dict[str, str]]:
+    """The engine of the default network, and why those before it cannot serve."""
+    refused: dict[str, str] = {}
+    for candidate in (e for e in engine.ENGINES if e.made_for(device)):
+        reason = candidate.reason(UNetConfig(), device, dtype, gradient)
+        if reason is None:
+            break
+        refused[candidate.name] = reason
+    return f"{candidate.name} ({candidate.what})", refused
 
 
 def _devices() -> list[torch.device]:

@@ -3,7 +3,8 @@
 A new engine supplies two things and a reason to refuse:
   ops      per layer, differentiable: for training and for users' own code;
   runner   a prepared model: a whole encoder, network or match in one call, no autograd;
-  refuses  why it cannot serve a configuration, device or dtype (None where it can).
+  refuses  why it cannot serve a configuration, device or dtype (None where it can); and, where its ops
+           cannot serve all that its runner can, ops_refuse.
 Everything above this file is the same for all engines.
 """
 
@@ -73,6 +74,14 @@ class Engine:
     ops: Ops
     runner: Callable[[UNet], Runner]
     refuses: Callable[[UNetConfig, torch.device, torch.dtype], str | None]
+    ops_refuse: Callable[[torch.dtype], str | None] = lambda dtype: None
+
+    def reason(
+        self, config: UNetConfig, device: torch.device, dtype: torch.dtype, gradient: bool = False
+    ) -> str | None:
+        """Why it cannot serve, by its ops where a gradient is needed, else by its runner; or None."""
+        refused = self.refuses(config, device, dtype)
+        return self.ops_refuse(dtype) if refused is None and gradient else refused
 
     def made_for(self, device: torch.device) -> bool:
         return self.device in (None, device.type)
@@ -88,7 +97,15 @@ ENGINES = (
         gpu.GPURunner,
         gpu.refuses,
     ),
-    Engine("cpu", "compiled C++ (csrc/cpu)", "cpu", cpu.CPUOps(), cpu.CPURunner, cpu.refuses),
+    Engine(
+        "cpu",
+        "compiled C++ (csrc/cpu)",
+        "cpu",
+        cpu.CPUOps(),
+        cpu.CPURunner,
+        cpu.refuses,
+        cpu.ops_refuse,
+    ),
     Engine(
         "reference",
         "plain PyTorch",
@@ -114,8 +131,10 @@ def runner(model: UNet, x: Tensor) -> Runner:
     return prepared[engine.name]
 
 
-def pick(model: UNet, x: Tensor) -> Engine:
+def pick(model: UNet, x: Tensor, gradient: bool = False) -> Engine:
     """The engine that serves x: `model.backend`, or FASTPHI_BACKEND, or the first that can.
+
+    gradient: it is the engine's ops that are wanted, not its runner.
 
     An engine asked for by name that cannot serve raises RuntimeError; under "auto" one log line says
     which path runs and why.
@@ -126,7 +145,7 @@ def pick(model: UNet, x: Tensor) -> Engine:
     for engine in ENGINES:
         if wanted != engine.name and not (wanted == "auto" and engine.made_for(x.device)):
             continue
-        reason = engine.refuses(model.config, x.device, dtype)
+        reason = engine.reason(model.config, x.device, dtype, gradient)
         if reason is None:
             if reasons and not torch.compiler.is_compiling():
                 _tell_once(f"the {engine.name} engine runs: {'; '.join(reasons)}")

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastphi.rounding import rounded
+
 TABLE = Path(__file__).parent / "gpu_library.json"
 
 
@@ -58,8 +60,6 @@ def text() -> str:
 
 def split(weight: Tensor, sources: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """torch's (Cout, Cin, 3, 3) -> one for each source, in the layout that cuDNN is fast in."""
-    from fastphi.triton_kernels.support import rounded
-
     return tuple(
         part.clone(memory_format=torch.channels_last)
         for part in rounded(weight, dtype).chunk(sources, dim=1)

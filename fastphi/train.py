@@ -64,7 +64,7 @@ def psnr(
             with torch.no_grad():
                 x = clean + sigma * z
                 # by the ops, as they take a whole batch at a time in every engine
-                denoised = model.walk(engine.pick(model, x).ops, x)
+                denoised = model.walk(engine.pick(model, x, gradient=True).ops, x)
             mse = (denoised - clean).double().square().mean(dim=(1, 2, 3))
             total[k] += float(-10 * torch.log10(mse).sum())
     return {sigma: float(t) / len(indices) for sigma, t in zip(sigmas, total, strict=True)}
@@ -111,7 +111,8 @@ class Trainer:
         name = config.data.name if config.data else "images in memory"
         self.model.training_info = TrainingInfo(low, high, self.images.mean, name)
         with self._autocast():  # an engine that cannot serve says so now
-            self.engine = engine.pick(self.model, torch.empty(0, device=self.device)).name
+            x = torch.empty(0, device=self.device)
+            self.engine = engine.pick(self.model, x, gradient=True).name
         if config.tensorboard:
             try:
                 importlib.import_module("tensorboard")

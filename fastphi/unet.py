@@ -270,7 +270,9 @@ class UNet(nn.Module):
         needed = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
-        return engine.pick(self, x) if needed or torch.compiler.is_compiling() else None
+        return (
+            engine.pick(self, x, gradient=True) if needed or torch.compiler.is_compiling() else None
+        )
 
 
 class Representation(nn.Module):

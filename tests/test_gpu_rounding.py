@@ -1,19 +1,13 @@
-"""How the GPU engine rounds weights, without a GPU and without Triton."""
+"""How the engines that multiply in 16 bits round weights."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 
-import pytest
 import torch
 
 import fastphi
-
-if importlib.util.find_spec("fastphi.triton_kernels") is None:
-    pytest.skip("fastphi.triton_kernels is not installed", allow_module_level=True)
-
-from fastphi.triton_kernels.support import rounded  # noqa: E402
+from fastphi.rounding import rounded
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastphi.rounding import rounded
+
 from . import tiles
 from .box import accumulate, finish, idle, load_channels, per_pixel, store_box
 from .support import (
@@ -44,7 +46,6 @@ from .support import (
     descriptor,
     interpreted,
     jit,
-    rounded,
     tl,
 )
 

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastphi.rounding import rounded
+
 from . import tiles
 from .box import accumulate, per_pixel
 from .support import (
@@ -40,7 +42,6 @@ from .support import (
     interpreted,
     jit,
     round_to_bf16,
-    rounded,
     tl,
 )
 

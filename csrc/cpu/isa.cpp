@@ -1,12 +1,20 @@
 // Which instruction set runs: the best that the processor has, or FASTPHI_ISA. Decided once per
-// process.
+// process. amx and avx512_bf16 are avx512 with kernels for bfloat16.
 #include "isa.h"
 
 #include <cstdlib>
 #include <stdexcept>
 #include <vector>
 
-#include "kernels.h"
+#include "bf16.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastphi {
 
@@ -17,6 +25,7 @@ extern const WinogradKernels winograd_plain;
 extern const Kernels<float> float_avx2, float_avx512;
 extern const Kernels<double> double_avx2, double_avx512;
 extern const WinogradKernels winograd_avx2, winograd_avx512;
+extern const Bf16Kernels bf16_avx512, bf16_amx;
 #endif
 
 namespace {
@@ -27,7 +36,24 @@ struct Choice {
   const Kernels<float>* f;
   const Kernels<double>* d;
   const WinogradKernels* winograd;
+  const Bf16Kernels* bf16;  // or null: no bfloat16
 };
+
+#if defined(__x86_64__)
+// Whether the processor has AMX with bfloat16, and the system lets this process use its registers:
+// Linux wants to be asked, once per process, since they make each thread's saved state 8 kB larger.
+bool amx_runs_here() {
+#if defined(__linux__)
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;  // of leaf 7's edx
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;              // ARCH_REQ_XCOMP_PERM
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  return (d & AMX_BF16) && (d & AMX_TILE) && !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+#else
+  return false;
+#endif
+}
+#endif
 
 // Best first.
 std::vector<Choice> choices() {
@@ -38,10 +64,16 @@ std::vector<Choice> choices() {
   const bool wide = fma && __builtin_cpu_supports("avx512f") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl");
-  all.push_back({"avx512", wide, &float_avx512, &double_avx512, &winograd_avx512});
-  all.push_back({"avx2", fma, &float_avx2, &double_avx2, &winograd_avx2});
+  const bool pairs = wide && __builtin_cpu_supports("avx512bf16");
+  auto avx512 = [&](const char* name, bool runs_here, const Bf16Kernels* bf16) {
+    all.push_back({name, runs_here, &float_avx512, &double_avx512, &winograd_avx512, bf16});
+  };
+  avx512("amx", pairs && amx_runs_here(), &bf16_amx);
+  avx512("avx512_bf16", pairs, &bf16_avx512);
+  avx512("avx512", wide, nullptr);
+  all.push_back({"avx2", fma, &float_avx2, &double_avx2, &winograd_avx2, nullptr});
 #endif
-  all.push_back({"plain", true, &float_plain, &double_plain, &winograd_plain});
+  all.push_back({"plain", true, &float_plain, &double_plain, &winograd_plain, nullptr});
   return all;
 }
 
@@ -77,6 +109,8 @@ const Kernels<double>& kernels<double>() {
 }
 
 const WinogradKernels& winograd_kernels() { return *chosen().winograd; }
+
+const Bf16Kernels* bf16_kernels() { return chosen().bf16; }
 
 std::string isa_in_use() { return chosen().name; }
 

@@ -13,6 +13,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -70,6 +73,17 @@ class Buffer {
   T* data_ = nullptr;
   i64 size_ = 0;
 };
+
+// Bytes of a core's own cache.
+inline i64 cache_size() {
+  constexpr i64 USUAL = i64{1} << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const i64 size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return size > 0 ? size : USUAL;
+#else
+  return USUAL;
+#endif
+}
 
 // f(begin, end) over [0, n), on one thread where there is less than `work` scalar steps each to
 // share.

@@ -33,8 +33,8 @@ inline i64 parameters_expected(const Plan& plan) {
   return 3 * convs;
 }
 
-// Plan and parameters as they come from Python, checked.
-inline void check_network(const Tensor& x, const Plan& plan, const std::vector<Tensor>& packed) {
+// The image's size and the number of parameters, checked.
+inline void check_plan(const Tensor& x, const Plan& plan, const std::vector<Tensor>& packed) {
   check_tensor(x, "x", 4);
   check_not_empty(x, "x");
   const i64 multiple = i64{1} << plan.blocks();
@@ -47,7 +47,22 @@ inline void check_network(const Tensor& x, const Plan& plan, const std::vector<T
                   text(shape_of(x)));
   STD_TORCH_CHECK(static_cast<i64>(packed.size()) == parameters_expected(plan), "packed: expected ",
                   parameters_expected(plan), " tensors, got ", packed.size());
+}
+
+// Plan and parameters as they come from Python, checked.
+inline void check_network(const Tensor& x, const Plan& plan, const std::vector<Tensor>& packed) {
+  check_plan(x, plan, packed);
   for (const Tensor& t : packed) check_tensor(t, "packed", 1, &x);
+}
+
+// Channels of the first `blocks` blocks together: columns of their means.
+inline i64 block_columns(const Plan& plan, i64 blocks) {
+  const i64 depth = plan.blocks();
+  STD_TORCH_CHECK(0 <= blocks && blocks <= 2 * depth, "blocks: expected 0 (the image) to ",
+                  2 * depth, ", got ", blocks);
+  i64 columns = 0;
+  for (i64 b = 0; b < blocks; ++b) columns += plan.channels[b <= depth ? b : 2 * depth - b];
+  return columns;
 }
 
 template <class T>

@@ -166,11 +166,7 @@ std::tuple<Tensor, Tensor> unet_fwd(Tensor x, Shape channels, Shape enc_layers, 
                                     int64_t blocks) {
   const Plan plan{x.dim() > 1 ? x.sizes()[1] : 0, channels, enc_layers, mid_layers, dec_layers};
   check_network(x, plan, packed);
-  const i64 depth = plan.blocks();
-  STD_TORCH_CHECK(0 <= blocks && blocks <= 2 * depth, "blocks: expected 0 (the image) to ",
-                  2 * depth, ", got ", blocks);
-  i64 columns = 0;
-  for (i64 b = 0; b < blocks; ++b) columns += channels[b <= depth ? b : 2 * depth - b];
+  const i64 columns = block_columns(plan, blocks);
   const i64 n = x.sizes()[0], h = x.sizes()[2], w = x.sizes()[3],
             size = plan.image_channels * h * w;
   Tensor out = new_tensor(x, blocks ? Shape{0} : shape_of(x)), means = new_tensor(x, {n, columns});

@@ -5,10 +5,6 @@
 
 #include "launch.h"
 
-#if defined(__unix__)
-#include <unistd.h>
-#endif
-
 namespace fastphi {
 
 namespace {
@@ -22,17 +18,6 @@ float* scratch(Scratch which, i64 size) {
   thread_local Buffer<float> buffers[SCRATCHES];
   buffers[which].reserve(size);
   return buffers[which];
-}
-
-// Bytes of a core's own cache.
-i64 cache_size() {
-  constexpr i64 USUAL = i64{1} << 20;
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const i64 size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return size > 0 ? size : USUAL;
-#else
-  return USUAL;
-#endif
 }
 
 // Strips [first, last) of all images, cut into `count` blocks.

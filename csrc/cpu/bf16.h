@@ -1,0 +1,117 @@
+// The bfloat16 engine: how activations lie in memory, and what its kernels are asked to do. Sums,
+// statistics, scalars, the first layer and images are float32; activations and the other weights
+// bfloat16. Included by files compiled for other processors: nothing here may emit code.
+//
+// Channels come in blocks of 32 (zeros beyond the last), so that 16 pixels of a block are one tile
+// of AMX, rows of 64 bytes one after the other, and any 3x3 tap of them is the same tile elsewhere:
+//   r (N, blocks, plane.block, 32)
+// A unit of work is 32 positions of an image by a panel of 32 output channels. What a unit computes
+// depends on the layer and the image's size alone.
+#pragma once
+
+#include "kernels.h"
+
+namespace fastphi {
+
+using bf16 = uint16_t;  // the bits
+
+constexpr i64 BF16_BLOCK = 32;                // channels of a block, outputs of a panel
+constexpr i64 BF16_UNIT = 32;                 // positions of a unit
+constexpr i64 BF16_PAIRED = 2 * 16 * 16 * 2;  // weights of a panel, block and tap: (half, pair,
+                                              // output, 2)
+
+// Where the pixels of an image lie within a block. Position m = y * pitch + x is computed; pixel
+// (y + i - 1, x + j - 1) that tap (i, j) reads is at m + i * pitch + j, zeros round the image
+// included: pitch = w + 1, for one zero serves as the right border of a row and the left of the
+// next. Small images waste too much on that column: they are stored three times, shifted by a pixel
+// each, pitch = w, and the tap reads copy j at m + i * pitch.
+struct Bf16Plane {
+  i64 h, w, pitch;
+  i64 copy;       // from a copy to the next, or 0
+  i64 block;      // positions of a block in memory
+  i64 positions;  // to compute
+};
+
+static inline Bf16Plane bf16_plane(i64 h, i64 w) {
+  constexpr i64 SMALL = 64;  // pixels
+  const bool copies = h * w <= SMALL;
+  const i64 pitch = copies ? w : w + 1, rows = (h + 2) * pitch;
+  // a unit's last positions may lie beyond the image: read, and not used
+  return {h,
+          w,
+          pitch,
+          copies ? rows : 0,
+          (copies ? 3 * rows : rows + 1) + BF16_UNIT,
+          h * pitch - (copies ? 0 : 1)};
+}
+
+static inline i64 bf16_units(const Bf16Plane& p) {
+  return (p.positions + BF16_UNIT - 1) / BF16_UNIT;
+}
+
+struct Bf16Source {
+  const bf16* r;
+  const float* scale;  // (N,)
+  i64 blocks;
+};
+
+// A layer: z = s conv3x3(r, W) + s2 conv3x3(r2, W2) + b, r_out = ReLU(gamma z) or ReLU(z).
+struct Bf16Layer {
+  i64 n, cout, panels;
+  Bf16Plane plane;
+  int sources;
+  Bf16Source source[2];
+  const bf16* packed;  // (panels, blocks of all sources, 9) of BF16_PAIRED
+  const float* image;  // instead of sources, in the first layer: (N, H + 2, W + 2, C), zeros round
+  i64 image_channels;
+  const float* first;  // its weights (panels, 9 * C, 32)
+  const float* bias;   // (panels * 32)
+  const float* gamma;  // (panels * 32) or null: no norm
+  bf16* r_out;         // or null: nobody reads it
+  float* stats;        // (N, panels, units, 3): count, mean, sum of squared deviations; or null
+  float* sums;         // (N, units, panels * 32): sum of r_out; or null
+};
+
+// The last layer: out (N, C, H, W) = s conv3x3(r, W) + b. Its weights in two parts, rounded and
+// what rounding took, fill the 16 columns of a tile: packed (blocks, 9, pair, 16, 2).
+struct Bf16Image {
+  i64 n, channels;
+  Bf16Plane plane;
+  Bf16Source source;
+  const bf16* packed;
+  const float* bias;  // (C)
+  float* out;
+};
+
+constexpr i64 BF16_IMAGE_CHANNELS = 8;  // at most
+
+// Transposed 2x2: out[2y + i][2x + j] = W[i][j] r[y][x]; with a bias times s, plus the bias. Units
+// are (image, tap, panel, unit of the small plane).
+struct Bf16Upsample {
+  i64 n, panels;
+  Bf16Plane plane, to;
+  Bf16Source source;
+  const bf16* packed;  // (tap, panels, blocks) of BF16_PAIRED
+  const float* bias;   // (panels * 32) or null
+  bf16* out;
+};
+
+struct Bf16Pool {
+  i64 n, blocks;
+  Bf16Plane plane, to;
+  const bf16* r;
+  bf16* out;
+};
+
+struct Bf16Kernels {
+  // panels [p0, p1) of units [begin, end) of all images
+  void (*layer)(const Bf16Layer&, i64 p0, i64 p1, i64 begin, i64 end);
+  void (*image)(const Bf16Image&, i64 begin, i64 end);        // (image, unit)
+  void (*upsample)(const Bf16Upsample&, i64 begin, i64 end);  // (tap, panel, image, unit)
+  void (*pool)(const Bf16Pool&, i64 begin, i64 end);          // (image, block)
+};
+
+// Of the form in use, or null: this processor, or FASTPHI_ISA, has none (isa.cpp).
+const Bf16Kernels* bf16_kernels();
+
+}  // namespace fastphi

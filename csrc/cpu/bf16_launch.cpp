@@ -1,0 +1,133 @@
+// Launchers of the bfloat16 engine: who computes which units, and partial results merged in a fixed
+// order.
+#include "bf16_launch.h"
+
+#include <cmath>
+
+namespace fastphi {
+
+namespace {
+
+constexpr i64 HEAVY = i64{1} << 20;  // a unit of any kind is worth a thread
+
+// Merged as (count, mean, M2) in the order of the units: sum z^2 - (sum z)^2/n cancels.
+void merge_statistics(const Bf16Layer& job, double eps, float* s_out) {
+  const i64 units = job.panels * bf16_units(job.plane);
+  parallel(job.n, 32 * units, [&](i64 begin, i64 end) {
+    for (i64 n = begin; n < end; ++n) {
+      double count = 0, mean = 0, m2 = 0;
+      for (i64 u = n * units; u < (n + 1) * units; ++u) {
+        const double more = job.stats[3 * u], delta = job.stats[3 * u + 1] - mean;
+        const double share = more / (count + more);
+        mean += delta * share;
+        m2 += job.stats[3 * u + 2] + delta * delta * count * share;
+        count += more;
+      }
+      s_out[n] = static_cast<float>(1 / (std::sqrt(m2 / count) + eps));
+    }
+  });
+}
+
+// means (N, cout) of the units' sums, added in double and in order.
+void merge_sums(const Bf16Layer& job, float* means) {
+  const i64 units = bf16_units(job.plane), row = job.panels * BF16_BLOCK;
+  parallel(job.n * job.cout, units, [&](i64 begin, i64 end) {
+    for (i64 i = begin; i < end; ++i) {
+      const float* sums = job.sums + i / job.cout * units * row + i % job.cout;
+      double sum = 0;
+      for (i64 unit = 0; unit < units; ++unit) sum += sums[unit * row];
+      means[i] = static_cast<float>(sum / static_cast<double>(job.plane.h * job.plane.w));
+    }
+  });
+}
+
+// Threads share the weights' panels where there are more weights than pixels, else the units: what
+// is larger is then read by one thread alone.
+void run_layer(const Bf16Layer& job) {
+  const i64 units = job.n * bf16_units(job.plane);
+  i64 blocks = 0;
+  for (int s = 0; s < job.sources; ++s) blocks += job.source[s].blocks;
+  const i64 weights = blocks * 9 * BF16_PAIRED * job.panels;
+  const i64 inputs = job.n * blocks * job.plane.block * BF16_BLOCK;
+  const auto& kernels = *bf16_kernels();
+  if (weights > inputs && job.panels % torch::stable::get_num_threads() == 0)
+    parallel(job.panels, HEAVY,
+             [&](i64 begin, i64 end) { kernels.layer(job, begin, end, 0, units); });
+  else
+    parallel(units, HEAVY,
+             [&](i64 begin, i64 end) { kernels.layer(job, 0, job.panels, begin, end); });
+}
+
+}  // namespace
+
+void bf16_clear_borders(i64 n, const Bf16Hidden& x) {
+  const Bf16Plane& p = x.plane;
+  auto zero = [&](bf16* block, i64 first, i64 count) {
+    std::memset(block + first * BF16_BLOCK, 0, count * BF16_BLOCK * sizeof(bf16));
+  };
+  parallel(n * x.blocks(), 64 * p.pitch, [&](i64 begin, i64 end) {
+    for (i64 i = begin; i < end; ++i) {
+      bf16* block = x.r + i * p.block * BF16_BLOCK;
+      const i64 bottom = (p.h + 1) * p.pitch;
+      if (!p.copy) {
+        zero(block, 0, p.pitch + 1), zero(block, bottom, p.pitch + 1);
+        continue;
+      }
+      for (i64 j = 0; j < 3; ++j)
+        zero(block, j * p.copy, p.pitch), zero(block, j * p.copy + bottom, p.pitch);
+      zero(block, p.pitch, 1), zero(block, 2 * p.copy + bottom - 1, 1);
+    }
+  });
+}
+
+void launch_bf16_layer(Bf16Layer job, double eps, float* s_out, float* means) {
+  job.panels = bf16_blocks(job.cout);
+  const i64 units = job.n * bf16_units(job.plane) * job.panels;
+  thread_local Buffer<float> stats, sums;
+  job.stats = job.sums = nullptr;
+  if (job.gamma) stats.reserve(3 * units), job.stats = stats;
+  if (means) sums.reserve(BF16_BLOCK * units), job.sums = sums;
+  if (job.r_out) bf16_clear_borders(job.n, {job.r_out, nullptr, job.plane, job.cout});
+  run_layer(job);
+  if (job.gamma)
+    merge_statistics(job, eps, s_out);
+  else
+    std::fill_n(s_out, job.n, 1.0f);
+  if (means) merge_sums(job, means);
+}
+
+void launch_bf16_image(const Bf16Image& job) {
+  parallel(job.n * bf16_units(job.plane), HEAVY,
+           [&](i64 begin, i64 end) { bf16_kernels()->image(job, begin, end); });
+}
+
+void launch_bf16_upsample(Bf16Upsample job) {
+  const i64 units = 4 * job.panels * job.n * bf16_units(job.plane);
+  bf16_clear_borders(job.n, {job.out, nullptr, job.to, job.panels * BF16_BLOCK});
+  parallel(units, HEAVY, [&](i64 begin, i64 end) { bf16_kernels()->upsample(job, begin, end); });
+}
+
+void launch_bf16_border_image(i64 n, i64 c, i64 h, i64 w, const float* x, float* out) {
+  const i64 row = (w + 2) * c;
+  parallel(n * (h + 2), 2 * row, [&](i64 begin, i64 end) {
+    for (i64 i = begin; i < end; ++i) {
+      const i64 y = i % (h + 2) - 1;
+      float* to = out + i * row;
+      std::fill_n(to, row, 0.0f);
+      if (y < 0 || y == h) continue;
+      for (i64 k = 0; k < c; ++k) {
+        const float* from = x + ((i / (h + 2) * c + k) * h + y) * w;
+        for (i64 p = 0; p < w; ++p) to[(p + 1) * c + k] = from[p];
+      }
+    }
+  });
+}
+
+void launch_bf16_pool(i64 n, const Bf16Hidden& x, const Bf16Hidden& out) {
+  bf16_clear_borders(n, out);
+  const Bf16Pool job{n, x.blocks(), x.plane, out.plane, x.r, out.r};
+  parallel(n * job.blocks, 64 * x.plane.positions,
+           [&](i64 begin, i64 end) { bf16_kernels()->pool(job, begin, end); });
+}
+
+}  // namespace fastphi

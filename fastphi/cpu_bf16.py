@@ -1,0 +1,59 @@
+"""Weights in bfloat16, in the order in which the CPU kernels read them (csrc/cpu/bf16.h).
+
+The first layer's stay float32 and the last one's are kept in two parts: there nothing averages the
+rounding out (φ of a smooth image would be off by 4 %).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastphi.rounding import rounded
+
+BLOCK = 32  # channels of a block, outputs of a panel
+IMAGE_CHANNELS = 8  # at most: two parts of each fill the 16 columns of a tile
+
+
+def conv(weight: Tensor, own: int) -> Tensor:
+    """(cout, cin, 3, 3), the first `own` channels from the first source -> 1-D, bfloat16."""
+    low = rounded(weight, torch.bfloat16)
+    return torch.cat(
+        [_tiles(part) for part in low.split([own, low.shape[1] - own], 1)], 1
+    ).flatten()
+
+
+def first(weight: Tensor) -> Tensor:
+    """(cout, C, 3, 3) -> 1-D of (panel, tap, channel, 32), float32."""
+    cout, c = weight.shape[:2]
+    rows = weight.detach().float().permute(2, 3, 1, 0).reshape(9 * c, cout)
+    return padded(rows).view(9 * c, -1, BLOCK).transpose(0, 1).flatten()
+
+
+def last(weight: Tensor) -> Tensor:
+    """(C, cin, 3, 3) -> 1-D of (block, tap, pair, 16, 2), bfloat16: columns rounded, then what was lost."""
+    weight = weight.detach().float()
+    high = weight.bfloat16()
+    both = torch.cat([high, (weight - high.float()).bfloat16()])
+    return _tiles(both)[0, :, :, 0].flatten()
+
+
+def upsample(weight: Tensor) -> Tensor:
+    """(cin, cout, 2, 2) -> 1-D of (tap, panel, block, ...), bfloat16."""
+    low = rounded(weight, torch.bfloat16).flatten(2).permute(2, 1, 0)
+    return torch.cat([_tiles(tap[:, :, None]).flatten() for tap in low])
+
+
+def padded(x: Tensor) -> Tensor:
+    """The last dimension filled up to whole panels with zeros, float32."""
+    return F.pad(x.detach().float(), (0, -x.shape[-1] % BLOCK)).contiguous()
+
+
+def _tiles(weight: Tensor) -> Tensor:
+    """(cout, cin, ...) -> (panel, block, tap, half, pair, 16, 2): a tile holds, for each pair of channels,
+    the pair's weights of 16 outputs."""
+    cout, cin = weight.shape[:2]
+    full = F.pad(weight.flatten(2), (0, 0, 0, -cin % BLOCK, 0, -cout % BLOCK))
+    split = full.view(len(full) // BLOCK, 2, 16, full.shape[1] // BLOCK, 16, 2, full.shape[2])
+    return split.permute(0, 3, 6, 1, 4, 2, 5)

@@ -1,0 +1,252 @@
+"""The CPU engine in bfloat16: both forms of its kernels against float64, and what it promises.
+
+Each form runs in a process of its own, since FASTPHI_ISA is looked at once; one that this processor
+does not have is skipped, saying so.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastphi
+from fastphi import cpu_bf16, engine, ops
+from fastphi.unet import UNet, UNetConfig
+
+BUILD = json.loads(torch.ops.fastphi.build_info()) if ops.missing() is None else {"bf16": False}
+FORMS = ("amx", "avx512_bf16")
+here = pytest.mark.skipif(not BUILD["bf16"], reason="no bfloat16 in the instruction set in use")
+# Activations and weights are rounded to 8 bits (2^-9 of a value on average, signs at random), sums are
+# float32: a dozen layers leave a few 1e-3 of a mean over space and under 1e-2 of an image.
+MEANS, IMAGE, COSINE = 2e-2, 2e-2, 0.9995
+
+# channels, other options, (N, H, W): panels not full, one block and several, one copy and three, units
+# that end within a row, a bias in the up-sampling, grey images, more layers
+CASES = [
+    ((12, 20, 36, 52), {}, (2, 16, 24)),
+    ((32, 64), {"upsample_bias": True, "image_channels": 1}, (3, 6, 34)),
+    ((24, 48, 96), {"residual": True, "dec_layers": (3, 2)}, (2, 12, 8)),
+    ((64, 128, 256, 512), {"dec_layers": (2, 1, 1)}, (1, 32, 16)),
+    ((4, 70), {"enc_layers": (3,), "upsample_bias": True}, (1, 2, 2)),
+]
+
+
+def low(x: Tensor):
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def network(channels, seed=0, **options) -> UNet:
+    """Gains and biases of a size that no term of the layer is invisible."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = UNet(UNetConfig(channels=channels, **options), backend="cpu")
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "gamma")):
+                parameter.data.normal_(0.1, 0.3)
+    return model.requires_grad_(False)
+
+
+def exact(model: UNet) -> UNet:
+    model = copy.deepcopy(model).double()
+    model.backend = "reference"
+    return model
+
+
+def images(n, c, h, w, seed=1) -> Tensor:
+    """Smooth with noise on it."""
+    g = torch.Generator().manual_seed(seed)
+    smooth = F.interpolate(torch.rand(n, c, 4, 4, generator=g), (h, w), mode="bilinear")
+    return smooth + 0.1 * torch.randn(n, c, h, w, generator=g)
+
+
+def far(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def check_network(channels, options, shape) -> None:
+    model = network(channels, **options)
+    n, h, w = shape
+    x = images(n, model.config.image_channels, h, w)
+    want, want_means = exact(model)(x.double()), exact(model).block_means(x.double())
+    with low(x):
+        image, means = model(x), model.block_means(x)
+    assert image.dtype == torch.float32 and far(image, want) < IMAGE
+    for name, mean in means.items():
+        assert mean.dtype == torch.float32 and far(mean, want_means[name]) < MEANS, name
+        assert F.cosine_similarity(mean.double(), want_means[name]).min() > COSINE, name
+
+
+def check_batch_and_threads() -> None:
+    """The same bits for an image in any batch, at any place, on any number of threads."""
+    model, x = network((32, 64, 96)), images(7, 3, 36, 20)
+    with low(x):
+        torch.set_num_threads(1)
+        want, means = model(x), model.block_means(x)
+        torch.set_num_threads(3)
+        assert torch.equal(model(x), want)
+        for name, mean in model.block_means(x).items():
+            assert torch.equal(mean, means[name])
+        for i in range(7):
+            assert torch.equal(model(x[i : i + 1])[0], want[i])
+        assert torch.equal(model(x.flip(0)), want.flip(0))
+        assert torch.equal(model.phi(x[2:5]), means["mid"][2:5])
+
+
+def check_nan() -> None:
+    """Passes through to the image it is in, and to no other."""
+    model, x = network((32, 64)), images(3, 3, 8, 8)
+    x[1, 0, 3, 3] = torch.nan
+    with low(x):
+        image, phi = model(x), model.phi(x)
+    assert image[1].isnan().all() and phi[1].isnan().all()
+    assert not image[::2].isnan().any() and not phi[::2].isnan().any()
+
+
+def main() -> None:
+    """Everything, in the form that FASTPHI_ISA names."""
+    for case in CASES:
+        check_network(*case)
+    check_batch_and_threads()
+    check_nan()
+    print(torch.ops.fastphi.build_info())
+
+
+@pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form(form):
+    run = in_form(form, "import test_cpu_bf16; test_cpu_bf16.main()")
+    if "this processor does not have" in run.stderr:
+        pytest.skip(run.stderr.strip().splitlines()[-1])
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["isa"] == form
+
+
+def in_form(form: str, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FASTPHI_ISA": form, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
+def test_without_bfloat16_the_reason_is_told():
+    """Asked for by name it raises; else the reference serves."""
+    code = """
+import torch
+from fastphi import engine
+from fastphi.unet import UNet, UNetConfig
+x = torch.rand(1, 3, 8, 8)
+model = UNet(UNetConfig(channels=(4, 8))).requires_grad_(False)
+with torch.autocast("cpu", torch.bfloat16):
+    print(engine.pick(model, x).name)
+    model.backend = "cpu"
+    model(x)
+"""
+    run = in_form("plain", code)
+    assert run.stdout.strip() == "reference"
+    assert "RuntimeError: backend: 'cpu' was asked for but cannot serve" in run.stderr
+    assert "bfloat16 needs AVX512_BF16 or AMX, and instruction set plain" in run.stderr
+
+
+@here
+@pytest.mark.parametrize("sigma", [0.0, 0.05, 0.2, 0.5, 1.0])
+def test_the_shipped_model(sigma):
+    """φ to 5e-3, PSNR to 0.05 dB, from clean images to the top of its range."""
+    model = fastphi.load_pretrained(backend="cpu").requires_grad_(False)
+    clean = F.interpolate(images(4, 3, 8, 8), 64, mode="bicubic").clamp(0, 1)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
+    x = clean + sigma * noise
+    with low(x):
+        image, phi = model(x), model.phi(x)
+    want, full = exact(model).phi(x.double()), model(x)
+    assert far(phi, want) < 5e-3 < MEANS
+    assert F.cosine_similarity(phi.double(), want).min() > COSINE
+    psnr = [-10 * float((y - clean).square().mean().log10()) for y in (image, full)]
+    assert abs(psnr[0] - psnr[1]) < 0.05, psnr
+
+
+@here
+def test_asked_for_by_the_models_dtype():
+    """Images of its dtype, means float32; the same weights, rounded once."""
+    model, x = network((32, 64)).bfloat16(), images(2, 3, 16, 16).bfloat16()
+    image, means = model(x), model.block_means(x)
+    assert image.dtype == torch.bfloat16 and means["mid"].dtype == torch.float32
+    wide = model.float()
+    with low(x):
+        assert torch.equal(wide.block_means(x.float())["mid"], means["mid"])
+        assert torch.equal(wide(x.float()).bfloat16(), image)
+
+
+@here
+def test_never_silently():
+    """float32 and float64 stay what they are, and a gradient is not taken in bfloat16."""
+    model, x = network((32, 64)), images(2, 3, 16, 16)
+    want = model(x)
+    with low(x):
+        model(x)
+    assert torch.equal(model(x), want) and far(want, exact(model)(x.double())) < 1e-5
+    with low(x), pytest.raises(RuntimeError, match="where a gradient is needed"):
+        model(x.requires_grad_())
+
+
+@here
+def test_a_changed_weight_is_seen():
+    model, x = network((32, 64)), images(2, 3, 16, 16)
+    with low(x):
+        before = model.phi(x)
+        model.mid[0].weight.mul_(2)
+        model.mid[0].bias.mul_(2)
+        model.mid[0].gamma.mul_(3)
+        assert not torch.equal(model.phi(x), before)
+
+
+@here
+def test_more_image_channels_than_it_takes():
+    config = UNetConfig(channels=(4, 8), image_channels=9)
+    reason = engine.cpu.refuses(config, torch.device("cpu"), torch.bfloat16)
+    assert reason == "in bfloat16 images have at most 8 channels, not 9"
+
+
+@here
+def test_packed_weights_that_do_not_fit():
+    model, x = network((32, 64)), images(1, 3, 8, 8)
+    runner = engine.cpu.CPURunner(model)
+    sizes = runner._network(True, True)
+    bad = list(sizes[-1])
+    bad[3] = bad[3][:-1]
+    with pytest.raises(RuntimeError, match=r"packed: expected a dense BFloat16 .* as \[3 \+ 0\]"):
+        torch.ops.fastphi.unet_fwd_bf16(x, *sizes[:-1], bad, 0)
+    with pytest.raises(RuntimeError, match="x: expected float32, got Double"):
+        torch.ops.fastphi.unet_fwd_bf16(x.double(), *sizes, 0)
+    with pytest.raises(RuntimeError, match="blocks: expected 0"):
+        torch.ops.fastphi.unet_fwd_bf16(x, *sizes, 5)
+
+
+def test_packing():
+    """Every weight is in its place once, and what is beyond is zero."""
+    weight = torch.arange(1.0, 1 + 5 * 3 * 9).view(5, 3, 3, 3)
+    packed = cpu_bf16.conv(weight.sign(), 2)  # a block for each of two sources
+    assert packed.dtype == torch.bfloat16 and packed.numel() == 1 * 2 * 9 * 1024
+    assert packed.float().sum() == weight.numel()
+    tiles = packed.view(1, 2, 9, 2, 16, 16, 2)  # panel, block, tap, half, pair, output, 2
+    assert (
+        tiles[0, 0, :, 0, 0, :5].float().sum() == 5 * 2 * 9
+        and (tiles[0, 1, :, 0, 0, :5, 0] == 1).all()
+    )
+    rows = cpu_bf16.first(weight).view(1, 9, 3, 32)
+    assert torch.equal(rows[0, :, :, :5].permute(2, 1, 0), weight.flatten(2))
+    parts = cpu_bf16.last(weight).view(1, 9, 16, 16, 2).float()
+    found = (parts[..., :5, :] + parts[..., 5:10, :])[0].permute(2, 1, 3, 0).reshape(5, 32, 9)
+    assert torch.equal(found[:, :3], weight.flatten(2))
