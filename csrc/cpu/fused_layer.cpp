@@ -16,6 +16,8 @@ namespace fastphi {
 
 namespace {
 
+enum Slot { PACKED, GRADIENT };  // of a thread's kept buffers
+
 struct Sizes {
   i64 n, h, w, c1, c2, cout;
 };
@@ -60,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_fwd(
   Tensor s_out = new_tensor(s, {k.n}), mean = new_tensor(s, {k.n}), std = new_tensor(s, {k.n});
   dispatch(r, [&](auto t) {
     using T = decltype(t);
-    Buffer<T> packed(conv_packed_size<T>(k.cout, k.c1, k.c2));
+    KeptBuffer<T, PACKED> packed(conv_packed_size<T>(k.cout, k.c1, k.c2));
     pack_conv<T>(data<T>(weight), k.cout, k.c1, k.c2, packed);
     ConvJob<T> job{};
     job.n = k.n, job.h = k.h, job.w = k.w, job.cout = k.cout;
@@ -103,7 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
   Tensor d_gamma = wanted(need_weight && gamma, {k.cout});
   dispatch(r, [&](auto t) {
     using T = decltype(t);
-    Buffer<T> dz(k.n * k.h * k.w * k.cout), coefficient(k.n);
+    KeptBuffer<T, GRADIENT> dz(k.n * k.h * k.w * k.cout);
+    Buffer<T> coefficient(k.n);
     LayerGradJob<T> grad{};
     grad.n = k.n, grad.h = k.h, grad.w = k.w, grad.c = k.cout;
     grad.d_r = data<T>(d_r_out), grad.z = data<T>(z), grad.gamma = data<T>(gamma), grad.relu = relu;
@@ -119,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
     auto source_gradients = [&](const Tensor& r, const Tensor& s, i64 c0, i64 c, Tensor& d_r,
                                 Tensor& d_s) {
       if (need_input) {
-        Buffer<T> packed(conv_packed_size<T>(c, k.cout, 0));
+        KeptBuffer<T, PACKED> packed(conv_packed_size<T>(c, k.cout, 0));
         pack_conv_transposed<T>(data<T>(weight), k.cout, cin, c0, c0 + c, packed);
         launch_layer_dgrad<T>({k.n, k.h, k.w, k.cout, c, dz, nullptr, packed, data<T>(r),
                                data<T>(s), mutable_data<T>(d_r), mutable_data<T>(d_s)});

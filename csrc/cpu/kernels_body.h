@@ -18,6 +18,8 @@ namespace {
 #include "upsample_kernel.h"
 #include "gradient_kernels.h"
 #include "winograd_kernel.h"
+#include "winograd_input.h"
+#include "winograd_output.h"
 
 template <class T>
 constexpr Kernels<T> table(const char* isa) {

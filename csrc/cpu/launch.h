@@ -85,6 +85,28 @@ inline i64 cache_size() {
 #endif
 }
 
+// Elements of working memory that a thread keeps from call to call; more is given back.
+constexpr i64 MOST_KEPT = i64{1} << 26;
+
+// A thread's buffer number SLOT, for one user at a time: like a fresh one, without its page faults.
+template <class T, int SLOT>
+class KeptBuffer {
+ public:
+  explicit KeptBuffer(i64 size) { memory().reserve(size); }
+  ~KeptBuffer() {
+    if (memory().size() > MOST_KEPT) memory() = Buffer<T>();
+  }
+  KeptBuffer(const KeptBuffer&) = delete;
+  KeptBuffer& operator=(const KeptBuffer&) = delete;
+  operator T*() const { return memory(); }
+
+ private:
+  static Buffer<T>& memory() {
+    thread_local Buffer<T> buffer;
+    return buffer;
+  }
+};
+
 // f(begin, end) over [0, n), on one thread where there is less than `work` scalar steps each to
 // share.
 template <class F>

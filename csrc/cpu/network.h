@@ -73,9 +73,6 @@ std::vector<Conv<T>> convs_of(const std::vector<Tensor>& packed) {
   return convs;
 }
 
-// Elements of working memory that a thread keeps from call to call; more is given back.
-constexpr i64 MOST_KEPT = i64{1} << 26;
-
 // Images worked on together: enough to share among the threads, few enough to stay near the caches.
 // No result depends on it.
 inline i64 images_at_once(i64 pixels) {
