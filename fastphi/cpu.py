@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ def ops_refuse(dtype: torch.dtype) -> str | None:
 
 
 def _refuses_bf16(config: UNetConfig) -> str | None:
-    build = json.loads(torch.ops.fastphi.build_info())
+    build = _build()
     if not build["bf16"]:
         return (
             f"bfloat16 needs AVX512_BF16 or AMX, and instruction set {build['isa']} is what this "
@@ -48,6 +49,11 @@ def _refuses_bf16(config: UNetConfig) -> str | None:
     if channels > most:
         return f"in bfloat16 images have at most {most} channels, not {channels}"
     return None
+
+
+@cache
+def _build() -> dict[str, Any]:
+    return json.loads(torch.ops.fastphi.build_info())
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -196,17 +202,16 @@ class CPURunner:
     def _parameters(self, part: str, low: bool = False) -> list[Tensor]:
         """Packed parameters of "encoder" (with the middle block), "decoder", or "transposed".
 
-        low: for bfloat16.
-
-        Three tensors per convolution: weights, bias, gamma; empty for none.
+        Three tensors per convolution: weights, bias, gamma; empty for none. low: for bfloat16.
         """
-        parameters = dict(self.model.named_parameters())
         blocks = range(1, self.model.config.blocks + 1)
         if part == "decoder":
-            prefixes = [p for b in reversed(blocks) for p in (f"up{b}.", f"dec{b}.")]
+            names = [name for b in reversed(blocks) for name in (f"up{b}", f"dec{b}")]
         else:
-            prefixes = [*(f"enc{b}." for b in blocks), "mid."]
-        mine = {n: p.detach() for f in prefixes for n, p in parameters.items() if n.startswith(f)}
+            names = [*(f"enc{b}" for b in blocks), "mid"]
+        each = ((name, self.model.get_submodule(name)) for name in names)
+        mine: dict[str, Tensor]
+        mine = {n: p for name, block in each for n, p in block.named_parameters(prefix=name)}
         stamp = torch.ops.fastphi.weights_stamp(list(mine.values()))
         key = (stamp, *((p.data_ptr(), _version(p), p.dtype) for p in mine.values()))
         name = f"{part} bf16" if low else part

@@ -32,17 +32,16 @@ struct Bf16Plane {
   i64 positions;  // to compute
 };
 
+// A unit's last positions may lie beyond its image, and the last image's beyond the memory that is
+// computed: read, and not used.
+constexpr i64 BF16_SLACK = BF16_UNIT * BF16_BLOCK;
+
 static inline Bf16Plane bf16_plane(i64 h, i64 w) {
   constexpr i64 SMALL = 64;  // pixels
   const bool copies = h * w <= SMALL;
   const i64 pitch = copies ? w : w + 1, rows = (h + 2) * pitch;
-  // a unit's last positions may lie beyond the image: read, and not used
-  return {h,
-          w,
-          pitch,
-          copies ? rows : 0,
-          (copies ? 3 * rows : rows + 1) + BF16_UNIT,
-          h * pitch - (copies ? 0 : 1)};
+  return {
+      h, w, pitch, copies ? rows : 0, copies ? 3 * rows : rows + 1, h * pitch - (copies ? 0 : 1)};
 }
 
 static inline i64 bf16_units(const Bf16Plane& p) {
@@ -59,10 +58,12 @@ struct Bf16Source {
 struct Bf16Layer {
   i64 n, cout, panels;
   Bf16Plane plane;
+  i64 span;  // units that a thread computes of all panels before it goes on
   int sources;
   Bf16Source source[2];
   const bf16* packed;  // (panels, blocks of all sources, 9) of BF16_PAIRED
-  const float* image;  // instead of sources, in the first layer: (N, H + 2, W + 2, C), zeros round
+  const float* image;  // instead of sources, in the first layer: (N, H + 2, W + 2, C), zeros round,
+                       // and 32 numbers beyond that may be read
   i64 image_channels;
   const float* first;  // its weights (panels, 9 * C, 32)
   const float* bias;   // (panels * 32)
@@ -86,7 +87,7 @@ struct Bf16Image {
 constexpr i64 BF16_IMAGE_CHANNELS = 8;  // at most
 
 // Transposed 2x2: out[2y + i][2x + j] = W[i][j] r[y][x]; with a bias times s, plus the bias. Units
-// are (image, tap, panel, unit of the small plane).
+// are (image, panel, tap, unit of the small plane).
 struct Bf16Upsample {
   i64 n, panels;
   Bf16Plane plane, to;
@@ -107,7 +108,7 @@ struct Bf16Kernels {
   // panels [p0, p1) of units [begin, end) of all images
   void (*layer)(const Bf16Layer&, i64 p0, i64 p1, i64 begin, i64 end);
   void (*image)(const Bf16Image&, i64 begin, i64 end);        // (image, unit)
-  void (*upsample)(const Bf16Upsample&, i64 begin, i64 end);  // (tap, panel, image, unit)
+  void (*upsample)(const Bf16Upsample&, i64 begin, i64 end);  // (image, panel, tap, unit)
   void (*pool)(const Bf16Pool&, i64 begin, i64 end);          // (image, block)
 };
 

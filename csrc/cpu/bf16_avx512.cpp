@@ -10,6 +10,8 @@
 namespace fastphi {
 namespace {
 
+#include "bf16_operand.h"
+
 struct Tiles {
   ~Tiles() {}  // nothing to set up
 };
@@ -52,10 +54,13 @@ void tiles(const bf16* a, const i64* taps, i64 count, i64 blocks, i64 stride, co
   tile<10, NV>(a + 22 * BF16_BLOCK, taps, count, blocks, stride, b, out + 22 * NV * 16);
 }
 
-// out (32 positions, 32 outputs) = sum over blocks and taps of a (32 positions, 32) b (32, 32)
-void tile_32(const bf16* a, const i64* taps, i64 count, i64 blocks, i64 stride, const bf16* b,
-             float* out) {
-  tiles<2>(a, taps, count, blocks, stride, b, out);
+// Of each of `count` units, out (32 positions, 32 outputs) = sum over blocks and taps of
+// a (32 positions, 32) b (32, 32). beside() is for processors with a unit to work beside.
+template <class Beside>
+void multiply(const Operand* units, int count, const i64* taps, i64 n_taps, i64 blocks, i64 stride,
+              const bf16* b, Beside&) {
+  for (int u = 0; u < count; ++u)
+    tiles<2>(units[u].a, taps, n_taps, blocks, stride, b, units[u].out);
 }
 
 // out (32 positions, 16 outputs)

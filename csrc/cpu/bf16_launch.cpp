@@ -41,16 +41,20 @@ void merge_sums(const Bf16Layer& job, float* means) {
   });
 }
 
-// Threads share the weights' panels where there are more weights than pixels, else the units: what
-// is larger is then read by one thread alone.
-void run_layer(const Bf16Layer& job) {
-  const i64 units = job.n * bf16_units(job.plane);
+// A thread goes through all weights with as many images as half of its cache holds, or units of
+// one. Threads share the weights' panels where these are the larger part and the images fit into
+// the cache of each, else the units.
+void run_layer(Bf16Layer job) {
+  const i64 each = bf16_units(job.plane), units = job.n * each;
   i64 blocks = 0;
   for (int s = 0; s < job.sources; ++s) blocks += job.source[s].blocks;
   const i64 weights = blocks * 9 * BF16_PAIRED * job.panels;
-  const i64 inputs = job.n * blocks * job.plane.block * BF16_BLOCK;
+  const i64 input = blocks * job.plane.block * BF16_BLOCK;
+  const i64 room = cache_size() / 2 / static_cast<i64>(sizeof(bf16));
+  job.span = std::max<i64>(8, room / std::max<i64>(1, input) * each);
   const auto& kernels = *bf16_kernels();
-  if (weights > inputs && job.panels % torch::stable::get_num_threads() == 0)
+  if (weights > job.n * input && job.n * input <= room &&
+      job.panels % torch::stable::get_num_threads() == 0)
     parallel(job.panels, HEAVY,
              [&](i64 begin, i64 end) { kernels.layer(job, begin, end, 0, units); });
   else
@@ -102,7 +106,7 @@ void launch_bf16_image(const Bf16Image& job) {
 }
 
 void launch_bf16_upsample(Bf16Upsample job) {
-  const i64 units = 4 * job.panels * job.n * bf16_units(job.plane);
+  const i64 units = job.n * job.panels * 4 * bf16_units(job.plane);
   bf16_clear_borders(job.n, {job.out, nullptr, job.to, job.panels * BF16_BLOCK});
   parallel(units, HEAVY, [&](i64 begin, i64 end) { bf16_kernels()->upsample(job, begin, end); });
 }

@@ -39,7 +39,7 @@ class Forward {
   // x (N, C, H, W). means (N, stride) for the first `blocks` blocks; or out (N, C, H, W)
   void run(const float* x, i64 blocks, float* means, i64 stride, float* out) {
     const i64 c = plan_.image_channels;
-    space_.image.reserve(n_ * c * (h_ + 2) * (w_ + 2));
+    space_.image.reserve(n_ * c * (h_ + 2) * (w_ + 2) + 32);
     launch_bf16_border_image(n_, c, h_, w_, x, space_.image);
     means_ = blocks ? means : nullptr, stride_ = stride, left_ = blocks;
     for (i64 b = 0; b <= plan_.blocks(); ++b)
@@ -58,7 +58,7 @@ class Forward {
   // c channels at level b's resolution, in memory for n images
   Bf16Hidden hidden(Buffer<bf16>& r, Buffer<float>& s, i64 n, i64 b, i64 c) {
     Bf16Hidden x{nullptr, nullptr, bf16_plane(h_ >> b, w_ >> b), c};
-    r.reserve(n * x.size()), s.reserve(n);
+    r.reserve(n * x.size() + BF16_SLACK), s.reserve(n);
     x.r = r, x.s = s;
     return x;
   }
@@ -77,7 +77,7 @@ class Forward {
   i64 together(i64 b, bool last) const {
     const i64 c = plan_.channels[b];
     const Bf16Hidden x{nullptr, nullptr, bf16_plane(h_ >> b, w_ >> b), c};
-    const i64 fit = cache_size() / (3 * x.size());
+    const i64 fit = cache_size() / (3 * 2 * x.size());
     return last ? n_ : std::min(n_, torch::stable::get_num_threads() * std::max<i64>(1, fit));
   }
 

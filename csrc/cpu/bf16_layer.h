@@ -1,0 +1,253 @@
+// The layer: epilogues beside products, and the first layer, in float32. Included by bf16_body.h.
+
+// Sum and sum of squares of a unit's z, per lane, of differences to the first value: nothing
+// cancels, as it would with z itself.
+struct Moments {
+  __m512 first[2], sum[2], squares[2];
+  void start(int v, __m512 z) { first[v] = z, sum[v] = squares[v] = _mm512_setzero_ps(); }
+  void add(int v, __m512 z) {
+    const __m512 d = _mm512_sub_ps(z, first[v]);
+    sum[v] = _mm512_add_ps(sum[v], d);
+    squares[v] = _mm512_fmadd_ps(d, d, squares[v]);
+  }
+  // (count, mean, M2) of `pixels` values in each of the first `width` lanes
+  void finish(i64 pixels, i64 width, float* out) const {
+    const __m512 share = _mm512_set1_ps(1.0f / static_cast<float>(pixels));
+    const __mmask16 lanes[2] = {static_cast<__mmask16>((1 << min_of(width, 16)) - 1),
+                                static_cast<__mmask16>((1 << (width > 16 ? width - 16 : 0)) - 1)};
+    __m512 mean[2];
+    float total = 0, m2 = 0;
+    for (int v = 0; v < 2; ++v) {
+      mean[v] = _mm512_fmadd_ps(sum[v], share, first[v]);
+      total += _mm512_mask_reduce_add_ps(lanes[v], mean[v]);
+    }
+    const float centre = total / static_cast<float>(width);
+    for (int v = 0; v < 2; ++v) {
+      const __m512 d = _mm512_sub_ps(mean[v], _mm512_set1_ps(centre));
+      const __m512 own = _mm512_fnmadd_ps(_mm512_mul_ps(sum[v], share), sum[v], squares[v]);
+      const __m512 between = _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(pixels)), d);
+      m2 += _mm512_mask_reduce_add_ps(lanes[v], _mm512_fmadd_ps(between, d, own));
+    }
+    out[0] = static_cast<float>(pixels * width), out[1] = centre, out[2] = m2;
+  }
+};
+
+// Epilogues of the units computed last, in slices beside the products of the next. An epilogue is
+// begun with a unit and takes rows until it is done.
+template <class Epilogue>
+class Later {
+ public:
+  template <class Job>
+  explicit Later(const Job& job) : epilogue_(job) {}
+
+  void add(const typename Epilogue::Unit* units, int count) {
+    for (int u = 0; u < count; ++u) units_[u] = units[u];
+    next_ = 0, count_ = count;
+    epilogue_.begin(units_[0]);
+  }
+  // `steps` calls of this object are to come
+  void expect(i64 steps) { every_ = wait_ = count_ ? steps * SLICE / (count_ * BF16_UNIT) : steps; }
+  void operator()() {
+    if (--wait_ > 0) return;
+    wait_ = every_;
+    slice();
+  }
+  void flush() {
+    while (next_ < count_) slice();
+  }
+
+ private:
+  static constexpr i64 SLICE = 4;  // rows
+
+  void slice() {
+    if (next_ == count_) return;
+    epilogue_.rows(SLICE);
+    if (!epilogue_.done()) return;
+    epilogue_.finish();
+    if (++next_ < count_) epilogue_.begin(units_[next_]);
+  }
+
+  Epilogue epilogue_;
+  typename Epilogue::Unit units_[GROUP];
+  int next_ = 0, count_ = 0;
+  i64 every_ = 1, wait_ = 1;
+};
+
+// Products of one or two sources to r_out, statistics and sums, some rows at a time.
+template <bool TWO>
+class LayerEpilogue {
+ public:
+  struct Unit {
+    i64 n, panel, unit;
+    const float* products;  // (sources, 32, 32)
+    float scale[2];
+  };
+  explicit LayerEpilogue(const Bf16Layer& job) : job_(job), plane_(job.plane) {}
+
+  void begin(const Unit& unit) {
+    unit_ = unit;
+    const i64 panel = unit.panel * BF16_BLOCK;
+    m_ = unit.unit * BF16_UNIT, end_ = min_of(m_ + BF16_UNIT, plane_.positions);
+    x_ = m_ % plane_.pitch, pixels_ = 0;
+    block_ = job_.r_out
+                 ? job_.r_out + (unit.n * job_.panels + unit.panel) * plane_.block * BF16_BLOCK
+                 : nullptr;
+    next_ = unit.products;
+    const float* first = x_ < plane_.w ? next_ : next_ + BF16_BLOCK;
+    for (int v = 0; v < 2; ++v) {
+      bias_[v] = _mm512_loadu_ps(job_.bias + panel + v * 16);
+      gamma_[v] = job_.gamma ? _mm512_loadu_ps(job_.gamma + panel + v * 16) : _mm512_set1_ps(1);
+      sums_[v] = _mm512_setzero_ps();
+      moments_.start(v, z(first, v));
+    }
+  }
+
+  bool done() const { return m_ == end_; }
+
+  void rows(i64 count) {
+    // in registers meanwhile
+    Moments moments = moments_;
+    __m512 sums[2] = {sums_[0], sums_[1]};
+    i64 m = m_, x = x_;
+    const float* p = next_;
+    for (const i64 end = min_of(m + count, end_); m < end; ++m, ++x, p += BF16_BLOCK) {
+      if (x == plane_.pitch) x = 0;
+      if (x == plane_.w) continue;
+      ++pixels_;
+      __m512 r[2];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const __m512 of = z(p, v);
+        moments.add(v, of);
+        r[v] = relu(_mm512_mul_ps(gamma_[v], of));
+        sums[v] = _mm512_add_ps(sums[v], r[v]);
+      }
+      if (block_) put(plane_, block_, m, x, to_bf16(r[0], r[1]));
+    }
+    moments_ = moments, sums_[0] = sums[0], sums_[1] = sums[1], m_ = m, x_ = x, next_ = p;
+  }
+
+  void finish() const {
+    const i64 units = bf16_units(plane_), panels = job_.panels;
+    const i64 n = unit_.n, panel = unit_.panel, unit = unit_.unit;
+    if (job_.stats)
+      moments_.finish(pixels_, min_of(job_.cout - panel * 32, 32),
+                      job_.stats + ((n * panels + panel) * units + unit) * 3);
+    if (job_.sums)
+      for (int v = 0; v < 2; ++v)
+        _mm512_storeu_ps(job_.sums + ((n * units + unit) * panels + panel) * 32 + v * 16, sums_[v]);
+  }
+
+ private:
+  __m512 z(const float* p, int v) const {
+    const __m512 z =
+        _mm512_fmadd_ps(_mm512_set1_ps(unit_.scale[0]), _mm512_load_ps(p + v * 16), bias_[v]);
+    if (!TWO) return z;
+    return _mm512_fmadd_ps(_mm512_set1_ps(unit_.scale[1]), _mm512_load_ps(p + PRODUCTS + v * 16),
+                           z);
+  }
+
+  const Bf16Layer& job_;
+  const Bf16Plane plane_;
+  Unit unit_;
+  i64 m_, end_, x_, pixels_;
+  bf16* block_;
+  const float* next_;
+  __m512 bias_[2], gamma_[2], sums_[2];
+  Moments moments_;
+};
+
+// The first layer in float32. products (32, 32) of a unit: patch (positions, 9 * C) times weights
+// (9 * C, 32).
+template <int P>
+void first_rows(const float* patch, i64 k, const float* weights, float* out) {
+  __m512 sums[P][2] = {};
+  for (i64 i = 0; i < k; ++i) {
+    const __m512 w0 = _mm512_loadu_ps(weights + i * 32),
+                 w1 = _mm512_loadu_ps(weights + i * 32 + 16);
+#pragma GCC unroll 12
+    for (int p = 0; p < P; ++p) {
+      const __m512 x = _mm512_set1_ps(patch[p * k + i]);
+      sums[p][0] = _mm512_fmadd_ps(x, w0, sums[p][0]);
+      sums[p][1] = _mm512_fmadd_ps(x, w1, sums[p][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int p = 0; p < P; ++p) {
+    _mm512_store_ps(out + p * 32, sums[p][0]);
+    _mm512_store_ps(out + p * 32 + 16, sums[p][1]);
+  }
+}
+
+void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
+  alignas(64) float products[PRODUCTS];
+  float patch[BF16_UNIT * 9 * BF16_IMAGE_CHANNELS + 16];
+  LayerEpilogue<false> epilogue(job);
+  const i64 units = bf16_units(job.plane), c = job.image_channels, row = (job.plane.w + 2) * c;
+  for (i64 i = begin; i < end; ++i) {
+    const i64 n = i / units, unit = i % units;
+    const float* image = job.image + n * (job.plane.h + 2) * row;
+    float* to = patch;
+    for (i64 p = 0; p < BF16_UNIT; ++p) {
+      const i64 m = min_of(unit * BF16_UNIT + p, job.plane.positions - 1);
+      const i64 y = m / job.plane.pitch, x = min_of(m % job.plane.pitch, job.plane.w - 1);
+      // whole vectors: what is too much is overwritten by the next
+      for (i64 t = 0; t < 3; ++t, to += 3 * c)
+        for (i64 k = 0; k < 3 * c; k += 16)
+          _mm512_storeu_ps(to + k, _mm512_loadu_ps(image + (y + t) * row + x * c + k));
+    }
+    for (i64 panel = p0; panel < p1; ++panel) {
+      const float* weights = job.first + panel * 9 * c * 32;
+      first_rows<11>(patch, 9 * c, weights, products);
+      first_rows<11>(patch + 11 * 9 * c, 9 * c, weights, products + 11 * 32);
+      first_rows<10>(patch + 22 * 9 * c, 9 * c, weights, products + 22 * 32);
+      epilogue.begin({n, panel, unit, products, {1}});
+      epilogue.rows(BF16_UNIT);
+      epilogue.finish();
+    }
+  }
+}
+
+template <bool TWO>
+void layer_of(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
+  alignas(64) float products[2][GROUP][(TWO ? 2 : 1) * PRODUCTS];
+  const Tiles tiles;
+  const Taps taps(job.plane);
+  const i64 units = bf16_units(job.plane), stride = job.plane.block * BF16_BLOCK;
+  const i64 all = job.source[0].blocks + (TWO ? job.source[1].blocks : 0);
+  // Few weights stay in the first-level cache by themselves; of many, a block does.
+  const i64 most = all <= 2 ? 1 : all < 16 ? 2 : GROUP;
+  Later<LayerEpilogue<TWO>> later(job);
+  int turn = 0;
+  for (i64 first = begin; first < end; first += job.span)
+    for (i64 panel = p0; panel < p1; ++panel)
+      for (i64 i = first, last = min_of(first + job.span, end); i < last; i += most, turn ^= 1) {
+        const int count = static_cast<int>(min_of(most, last - i));
+        const bf16* b = job.packed + panel * all * 9 * BF16_PAIRED;
+        typename LayerEpilogue<TWO>::Unit group[GROUP];
+        for (int u = 0; u < count; ++u)
+          group[u] = {(i + u) / units, panel, (i + u) % units, products[turn][u], {}};
+        later.expect(all * 9 * count);
+        for (int s = 0; s < (TWO ? 2 : 1); ++s) {
+          const Bf16Source& from = job.source[s];
+          Operand operands[GROUP];
+          for (int u = 0; u < count; ++u) {
+            const bf16* image = from.r + group[u].n * from.blocks * stride;
+            operands[u] = {image + group[u].unit * BF16_UNIT * BF16_BLOCK,
+                           products[turn][u] + s * PRODUCTS};
+            group[u].scale[s] = from.scale[group[u].n];
+          }
+          multiply(operands, count, taps.at, 9, from.blocks, stride, b, later);
+          b += from.blocks * 9 * BF16_PAIRED;
+        }
+        later.flush();
+        later.add(group, count);
+      }
+  later.flush();
+}
+
+void layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
+  if (job.image) return first_layer(job, p0, p1, begin, end);
+  if (job.sources > 1) return layer_of<true>(job, p0, p1, begin, end);
+  layer_of<false>(job, p0, p1, begin, end);
+}
