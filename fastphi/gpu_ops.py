@@ -33,12 +33,12 @@ def _planar(x: Tensor) -> Tensor:
 
 
 def _weight_gradient(d_z: Tensor, source: Tensor, shape: torch.Size) -> Tensor:
-    """Of a 3×3 convolution: d_z (N, H, W, Cout), source (N, H, W, Cin) of one dtype -> float32."""
+    """Of a 3×3 convolution: d_z (N, H, W, Cout), source (N, H, W, Cin) of one dtype -> float32, dense
+    as the weights are: the library's own layout follows its inputs', and torch.compile is told one."""
     like = source.new_empty(()).expand(shape)  # says the shape; its values are not read
     args = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
-    return torch.ops.aten.convolution_backward(_planar(d_z), _planar(source), like, *args)[
-        1
-    ].float()
+    found = torch.ops.aten.convolution_backward(_planar(d_z), _planar(source), like, *args)[1]
+    return found.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 # --- a layer with norm ---------------------------------------------------------------------------

@@ -1,13 +1,18 @@
-"""Shared by the tests that need a GPU: the one place where they are skipped for want of one."""
+"""Shared by the tests of the GPU engine at full size: the one place where those that need a GPU are
+skipped for want of one, and the gradients that are compared.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastphi import gpu, ops
+from fastphi import gpu, gpu_match, gpu_ops, ops, reference
+from fastphi.unet import UNet, UNetConfig
 
 
 def why_no_gpu(whole_engine: bool = True) -> str | None:
@@ -24,3 +29,66 @@ def marks(whole_engine: bool = True) -> list[Any]:
         pytest.mark.gpu,
         pytest.mark.skipif(reason is not None, reason=f"needs a GPU: {reason}"),
     ]
+
+
+def network(config: UNetConfig, seed: int, backend: str) -> UNet:
+    """Gains of both signs and biases other than 0, so that no term of a layer is invisible."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UNet(config, backend=backend)
+        with torch.no_grad():
+            for name, values in model.named_parameters():
+                if name.endswith("bias"):
+                    values.normal_(0, 0.1)
+                elif name.endswith("gamma"):
+                    values.normal_(0.3, 1.0)
+    return model.eval()
+
+
+def exact(model: UNet) -> UNet:
+    """In float64, by plain PyTorch."""
+    double = UNet(model.config, backend="reference").double()
+    double.load_state_dict(model.state_dict())
+    return double.to(next(model.parameters()).device).eval()
+
+
+def gradient_to_image(runner: gpu.GPURunner, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Of the loss at x, by the launches of one iteration."""
+    runner.match(x, target, weight, 0.01, 0, 0.0)
+    (plan,) = runner._plans.values()
+    plan.start(x, target, weight, 0.01, gpu_match.STEPS, 0.0)
+    for launch in plan.launches[: len(plan.launches) // gpu_match.STEPS]:
+        launch()
+    return plan.gradient[: len(x)].clone()
+
+
+def exact_gradient(model: UNet, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    leaf = x.double().requires_grad_(True)
+    phi = exact(model).walk_means(reference.ReferenceOps(), leaf, "mid")["mid"]
+    loss = (weight.double() * (phi - target.double()) ** 2).sum()
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+def training_errors(
+    model: UNet, clean: Tensor, sigma: float, low: bool = True
+) -> tuple[float, float, float]:
+    """Relative errors of the gradients of training against float64: of all of them as one vector, by
+    the GPU engine's ops and by plain PyTorch's; and of the parameter that ours serve worst."""
+    generator = torch.Generator().manual_seed(4)
+    noisy = clean + sigma * torch.randn(clean.shape, generator=generator).to(clean)
+
+    def gradients(network: UNet, walk: Any, to: torch.dtype) -> list[Tensor]:
+        loss = (walk(noisy.to(to)).to(to) - clean.to(to)).square().sum()
+        return list(torch.autograd.grad(loss, list(network.parameters())))
+
+    double = exact(model)
+    want = gradients(double, double, torch.float64)
+    wholes, worst = [], 0.0
+    for walk_ops in (gpu_ops.GPUOps(), reference.ReferenceOps()):
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=low):
+            found = gradients(model, functools.partial(model.walk, walk_ops), torch.float32)
+        pairs = list(zip(found, want, strict=True))
+        off = sum(float((a - b).norm()) ** 2 for a, b in pairs)
+        wholes.append((off / sum(float(b.norm()) ** 2 for b in want)) ** 0.5)
+        worst = worst or max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return wholes[0], wholes[1], worst

@@ -175,6 +175,7 @@ PARTS: dict[str, Part] = {
         "test_gpu_runner.py",
         "test_gpu_precision.py",
         "test_gpu_match*.py",  # guidance
+        "test_gpu_training.py",
         distribution="loadfile",
     ),
     "sanitizer": sanitizer,
