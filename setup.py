@@ -76,6 +76,7 @@ SOURCES = [
     "csrc/ops.cpp",
     "csrc/cpu/avg_pool.cpp",
     "csrc/cpu/bf16_launch.cpp",
+    "csrc/cpu/bf16_match.cpp",
     "csrc/cpu/bf16_unet.cpp",
     "csrc/cpu/combine.cpp",
     "csrc/cpu/conv.cpp",

@@ -33,6 +33,11 @@ void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Te
                  Tensor target, Tensor weight, Shape channels, Shape enc_layers, int64_t mid_layers,
                  double eps, std::vector<Tensor> packed, std::vector<Tensor> packed_t, double lr,
                  double tolerance, int64_t start, int64_t steps);
+void match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
+                      Tensor target, Tensor weight, Shape channels, Shape enc_layers,
+                      int64_t mid_layers, double eps, std::vector<Tensor> packed,
+                      std::vector<Tensor> packed_t, double lr, double tolerance, int64_t start,
+                      int64_t steps);
 Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed);
 Tensor pack_upsample_weights(Tensor weight);
 int64_t weights_stamp(std::vector<Tensor> parameters);

@@ -52,6 +52,13 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "mid_layers, "
       "float eps, Tensor[] packed, Tensor[] packed_t, float lr, float tolerance, int start, int "
       "steps) -> ()");
+  m.def(
+      "match_steps_bf16(Tensor(a!) x, Tensor(b!) m, Tensor(c!) v, Tensor(d!) losses, Tensor(e!) "
+      "updates, "
+      "Tensor(f!) active, Tensor target, Tensor weight, int[] channels, int[] enc_layers, int "
+      "mid_layers, "
+      "float eps, Tensor[] packed, Tensor[] packed_t, float lr, float tolerance, int start, int "
+      "steps) -> ()");
   m.def("build_info() -> str");
 
   // The GPU engine's, into buffers that are there: nothing is allocated, no data is read on the
@@ -109,6 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("unet_fwd", TORCH_BOX(&unet_fwd));
   m.impl("unet_fwd_bf16", TORCH_BOX(&unet_fwd_bf16));
   m.impl("match_steps", TORCH_BOX(&match_steps));
+  m.impl("match_steps_bf16", TORCH_BOX(&match_steps_bf16));
   m.impl("noise_normal", TORCH_BOX(&noise_normal));
   m.impl("combine_stats", TORCH_BOX(&combine_stats));
   m.impl("combine_moments", TORCH_BOX(&combine_moments));

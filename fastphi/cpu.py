@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastphi import cpu_bf16, ops, reference
+from fastphi import cpu_bf16, ops
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet, UNetConfig
@@ -137,19 +137,19 @@ class CPURunner:
     def match(
         self, x: Tensor, target: Tensor, weight: Tensor, lr: float, max_iter: int, tolerance: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if ops.compute_dtype(x) == torch.bfloat16:
-            # its gradients are not compiled yet
-            plain = reference.ReferenceRunner(self.model)
-            return plain.match(x, target, weight, lr, max_iter, tolerance)
+        low, dtype = ops.compute_dtype(x) == torch.bfloat16, x.dtype
         x = x.detach().clone(memory_format=torch.contiguous_format)
+        if low:  # images and losses stay float32 till the end
+            x, target, weight = x.float(), target.float(), weight.float()
+        run = torch.ops.fastphi.match_steps_bf16 if low else torch.ops.fastphi.match_steps
         m, v = torch.zeros_like(x), torch.zeros_like(x)
         losses = x.new_full((max_iter + 1, len(x)), torch.nan)
         updates = torch.zeros(len(x), dtype=torch.int64)
         active = torch.ones(len(x), dtype=torch.bool)
-        channels, enc_layers, mid_layers, _, eps, packed = self._network(decoder=False)
-        transposed = self._parameters("transposed")
+        channels, enc_layers, mid_layers, _, eps, packed = self._network(decoder=False, low=low)
+        transposed = self._parameters("transposed", low)
         for start in range(0, max_iter + 1, self.STEPS):
-            torch.ops.fastphi.match_steps(
+            run(
                 x,
                 m,
                 v,
@@ -175,7 +175,7 @@ class CPURunner:
         # in double, as the C++ compares
         reached = last.double() <= tolerance * losses[0].double()
         converged = reached if tolerance > 0 else torch.zeros_like(reached)
-        return x, losses, updates, converged
+        return x.to(dtype), losses, updates, converged
 
     def _forward(self, x: Tensor, blocks: int, decoder: bool) -> tuple[Tensor, Tensor, Tensor]:
         """unet_fwd's input, image and means, in the dtype to compute in; bfloat16 has float32 for them."""
@@ -237,12 +237,13 @@ class CPURunner:
         return packed
 
     def _pack_low(self, parameters: dict[str, Tensor], transposed: bool) -> list[Tensor]:
+        layers = [n.removesuffix(".weight") for n in parameters if n.endswith(".weight")]
+        weights = {layer: parameters[f"{layer}.weight"] for layer in layers}
+        if transposed:
+            return [cpu_bf16.transposed(w, first=layer == "enc1.0") for layer, w in weights.items()]
         packed = []
         image = f"dec1.{len(self.model.dec1) - 1}"  # type: ignore[arg-type]
-        for name, weight in parameters.items():
-            layer, _, kind = name.rpartition(".")
-            if kind != "weight":
-                continue
+        for layer, weight in weights.items():
             up = layer.startswith("up")
             if up:
                 first = cpu_bf16.upsample(weight)

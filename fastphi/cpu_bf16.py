@@ -39,6 +39,13 @@ def last(weight: Tensor) -> Tensor:
     return _tiles(both)[0, :, :, 0].flatten()
 
 
+def transposed(weight: Tensor, first: bool) -> Tensor:
+    """(cout, cin, 3, 3) -> the kernel of the gradient to the input, of the same rounded weights; first:
+    to the image, as a last layer's."""
+    rotated = (weight if first else rounded(weight, torch.bfloat16)).flip(2, 3).transpose(0, 1)
+    return last(rotated) if first else conv(rotated, rotated.shape[1])
+
+
 def upsample(weight: Tensor) -> Tensor:
     """(cin, cout, 2, 2) -> 1-D of (tap, panel, block, ...), bfloat16."""
     low = rounded(weight, torch.bfloat16).flatten(2).permute(2, 1, 0)

@@ -56,6 +56,7 @@ def match_phi(
     tolerance: float = 0.01,
     channels: Any = None,
     zero_elsewhere: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> MatchResult:
     """Algorithm 2: minimise each image's L(x) = mean_c (φ_c(x) − φ*_c)² over its pixels by Adam.
 
@@ -67,6 +68,8 @@ def match_phi(
     channels: channel numbers that the loss is the mean over (default: all).
     zero_elsewhere: the authors' form of a subset: the target is zero outside `channels`, and the
         loss is the mean over all channels.
+    dtype: to compute in: the model's own (default), or torch.bfloat16, for which images, losses and
+        Adam stay in the model's.
 
     Each image minimises its own L, so the result never depends on who shares the batch. Only the
     encoder and the middle block run; the model is left as found.
@@ -80,7 +83,12 @@ def match_phi(
     channels = validate.channel_subset(channels, model.config.channels[-1])
     target = _target(target, len(x), model.config.channels[-1], channels)
     check_options(lr, max_iter, tolerance)
-    result = match(model, x, target, lr, max_iter, tolerance, channels, zero_elsewhere)
+    if dtype not in (None, x.dtype, torch.bfloat16):
+        raise ValueError(
+            f"dtype: expected the model's own ({x.dtype}) or torch.bfloat16, got {dtype}"
+        )
+    low = dtype == torch.bfloat16
+    result = match(model, x, target, lr, max_iter, tolerance, channels, zero_elsewhere, low=low)
     bad = ~torch.isfinite(result.x).flatten(1).all(1) | ~torch.isfinite(result.last)
     if bad.any():
         i = int(bad.nonzero()[0])
@@ -100,9 +108,10 @@ def match(
     tolerance: float,
     channels: tuple[int, ...] | None = None,
     zero_elsewhere: bool = False,
+    low: bool = False,
 ) -> MatchResult:
-    """`match_phi` on arguments that were checked before; target: (N, channels[-1])."""
-    with plain_mode(x.device):
+    """`match_phi` on arguments that were checked before; target: (N, channels[-1]). low: in bfloat16."""
+    with plain_mode(x.device, low):
         x = x.detach().clone(memory_format=torch.contiguous_format)
         target = restrict(target.detach().clone(), channels).to(x).contiguous()
         weight = loss_weight(channels, zero_elsewhere, target)
@@ -132,12 +141,18 @@ def _tell_if_idle(x: Tensor, result: MatchResult, lr: float) -> None:
 
 
 @contextlib.contextmanager
-def plain_mode(device: torch.device) -> Iterator[None]:
+def plain_mode(device: torch.device, low: bool = False) -> Iterator[None]:
     """Numbers that do not depend on the caller's context: no autograd beyond what a match asks for
-    (in a caller's inference mode it could not be had), and the model's own dtype, no autocast. But for
-    a GPU, where autocast is how a float32 model is asked for the tensor cores: images stay float32."""
-    low = device.type == "cuda" and torch.is_autocast_enabled("cuda")
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=low):
+    (in a caller's inference mode it could not be had), and the model's own dtype, no autocast, unless
+    `low` asks for bfloat16. But for a GPU, where autocast is how a float32 model is asked for the tensor
+    cores: images stay float32."""
+    kind = torch.bfloat16 if low else None
+    low = low or (device.type == "cuda" and torch.is_autocast_enabled("cuda"))
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, kind, enabled=low),
+    ):
         yield
 
 

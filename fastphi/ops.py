@@ -48,7 +48,11 @@ def _load_cuda() -> str | None:
 
 def _check_age() -> str | None:
     """What is wrong with a library that was built from older sources."""
-    names = (*op_rules.FAKES_OF_ALL, "weights_stamp", "unet_fwd_bf16")  # the latest of the runner's
+    names = (
+        *op_rules.FAKES_OF_ALL,
+        "weights_stamp",
+        "match_steps_bf16",
+    )  # the latest of the runner's
     lacking = [name for name in names if not hasattr(torch.ops.fastphi, name)]
     return (
         f"the compiled library is older than the package (no {lacking[0]}); {HOW}"

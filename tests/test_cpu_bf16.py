@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastphi
-from fastphi import cpu_bf16, engine, ops
+from fastphi import cpu_bf16, engine, ops, reference
+from fastphi.guidance import match_phi
 from fastphi.unet import UNet, UNetConfig
 
 BUILD = json.loads(torch.ops.fastphi.build_info()) if ops.missing() is None else {"bf16": False}
@@ -85,6 +86,41 @@ def check_network(channels, options, shape) -> None:
         assert F.cosine_similarity(mean.double(), want_means[name]).min() > COSINE, name
 
 
+def gradient(model: UNet, x: Tensor, target: Tensor) -> Tensor:
+    """Of each image's own loss, from Adam's first moment after one update."""
+    runner, c = engine.cpu.CPURunner(model), model.config.channels[-1]
+    channels, enc, mid, _, eps, packed = runner._network(False, True)
+    m, v, weight = torch.zeros_like(x), torch.zeros_like(x), torch.full((c,), 1 / c)
+    losses, updates = x.new_zeros(2, len(x)), torch.zeros(len(x), dtype=torch.int64)
+    state = (x.clone(), m, v, losses, updates, updates == 0, target, weight)
+    network = (channels, enc, mid, eps, packed, runner._parameters("transposed", True))
+    torch.ops.fastphi.match_steps_bf16(*state, *network, 0.01, 0.0, 0, 1)
+    assert updates.tolist() == [1] * len(x)
+    return m * 10
+
+
+def plain_gradient(model: UNet, x: Tensor, target: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_(True)
+    mean = model.walk_means(reference.ReferenceOps(), leaf, "mid")["mid"]
+    return torch.autograd.grad(((mean - target) ** 2).mean(dim=1).sum(), leaf)[0]
+
+
+def check_gradient(channels, options, shape) -> None:
+    """A rounded z near 0 falls the other way through the ReLU: no bound of its own, so that of PyTorch
+    in bfloat16 on the same network, image by image."""
+    model = network(channels, **options)
+    n, h, w = shape
+    x = images(n, model.config.image_channels, h, w)
+    g = torch.Generator().manual_seed(9)
+    target = exact(model).phi(x.double()).float()
+    target = target * (1 + 0.5 * torch.randn(target.shape, generator=g))
+    want = plain_gradient(exact(model), x.double(), target.double())
+    with low(x):
+        plain = plain_gradient(model, x, target)
+    for i, found in enumerate(gradient(model, x, target)):
+        assert far(found, want[i]) < 1.25 * far(plain[i], want[i]) + 5e-3
+
+
 def check_batch_and_threads() -> None:
     """The same bits for an image in any batch, at any place, on any number of threads."""
     model, x = network((32, 64, 96)), images(7, 3, 36, 20)
@@ -99,6 +135,16 @@ def check_batch_and_threads() -> None:
             assert torch.equal(model(x[i : i + 1])[0], want[i])
         assert torch.equal(model(x.flip(0)), want.flip(0))
         assert torch.equal(model.phi(x[2:5]), means["mid"][2:5])
+    target = 2 * means["mid"]
+    torch.set_num_threads(1)
+    match = match_phi(model, x, target, max_iter=2, tolerance=0, dtype=torch.bfloat16)
+    torch.set_num_threads(3)
+    for part in (slice(0, 7), slice(2, 5), slice(6, 7)):
+        again = match_phi(
+            model, x[part], target[part], max_iter=2, tolerance=0, dtype=torch.bfloat16
+        )
+        assert torch.equal(again.x, match.x[part])
+        assert torch.equal(again.losses, match.losses[:, part])
 
 
 def check_nan() -> None:
@@ -115,6 +161,7 @@ def main() -> None:
     """Everything, in the form that FASTPHI_ISA names."""
     for case in CASES:
         check_network(*case)
+        check_gradient(*case)
     check_batch_and_threads()
     check_nan()
     print(torch.ops.fastphi.build_info())
@@ -175,6 +222,33 @@ def test_the_shipped_model(sigma):
     assert F.cosine_similarity(phi.double(), want).min() > COSINE
     psnr = [-10 * float((y - clean).square().mean().log10()) for y in (image, full)]
     assert abs(psnr[0] - psnr[1]) < 0.05, psnr
+
+
+@here
+def test_matching_follows_float32():
+    """The shipped model: as many updates, and losses that fall alike; images and losses stay float32."""
+    model = fastphi.load_pretrained(backend="cpu").requires_grad_(False)
+    clean = F.interpolate(images(2, 3, 8, 8), 32, mode="bicubic").clamp(0, 1)
+    noise = torch.randn(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    x, other = clean + 0.3 * noise[0], clean.flip(0) + 0.3 * noise[1]
+    options = {"max_iter": 40, "tolerance": 0.1}
+    full = match_phi(model, x, model.phi(other), **options)
+    found = match_phi(model, x, model.phi(other), dtype=torch.bfloat16, **options)
+    assert found.x.dtype == found.losses.dtype == torch.float32
+    assert (found.updates - full.updates).abs().max() <= 1
+    assert not torch.equal(found.x, full.x)
+    both = min(len(found.losses), int(full.updates.min()))
+    torch.testing.assert_close(found.losses[:both], full.losses[:both], rtol=0.05, atol=0)
+    with pytest.raises(ValueError, match="dtype: expected the model's own"):
+        match_phi(model, x, model.phi(other), dtype=torch.float16)
+
+
+@here
+def test_matching_a_bfloat16_model():
+    model, x = network((32, 64)).bfloat16(), images(2, 3, 16, 16).bfloat16()
+    result = match_phi(model, x, 2 * model.phi(x), max_iter=3, tolerance=0)
+    assert result.x.dtype == torch.bfloat16 and result.updates.tolist() == [3, 3]
+    assert (result.last < result.first).all()
 
 
 @here

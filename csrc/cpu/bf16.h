@@ -69,8 +69,35 @@ struct Bf16Layer {
   const float* bias;   // (panels * 32)
   const float* gamma;  // (panels * 32) or null: no norm
   bf16* r_out;         // or null: nobody reads it
+  bf16* z;             // (N, blocks, plane.block, 32), the pixels alone, or null
   float* stats;        // (N, panels, units, 3): count, mean, sum of squared deviations; or null
   float* sums;         // (N, units, panels * 32): sum of r_out; or null
+};
+
+// How a gradient goes back through a layer: dz = m gamma d + coefficient (z - mean), m = 1[gamma z
+// > 0]. d is there for each pixel, for each of the pool's, or for all of an image (Spread).
+struct Bf16GradInput {
+  i64 n, blocks;
+  Bf16Plane plane, d_plane;  // d_plane: the pool's, or the same
+  Spread spread;
+  const bf16* d;         // (N, blocks, d_plane.block, 32), the pixels alone
+  const float* d_image;  // instead (N, blocks * 32)
+  const bf16* z;
+  const float* gamma;        // (blocks * 32) or null for 1
+  const float* mean;         // (N,)
+  const float* coefficient;  // (N,) or null without norm
+  bf16* dz;
+};
+
+// And through its convolution: h = convT(dz), d_r = scale h, dots = sum h r of a unit.
+struct Bf16Dgrad {
+  i64 n, panels;
+  Bf16Plane plane;
+  Bf16Source source;   // dz; its scale is that of d_r
+  const bf16* packed;  // as a layer's, of the rotated kernel
+  const bf16* r;       // the layer's input
+  bf16* d_r;           // the pixels alone
+  float* dots;         // (N, panels, units)
 };
 
 // The last layer: out (N, C, H, W) = s conv3x3(r, W) + b. Its weights in two parts, rounded and
@@ -80,8 +107,9 @@ struct Bf16Image {
   Bf16Plane plane;
   Bf16Source source;
   const bf16* packed;
-  const float* bias;  // (C)
-  float* out;
+  const float* bias;
+  float* out;  // pixel p, channel c at p * pixel + c * channel
+  i64 pixel, channel;
 };
 
 constexpr i64 BF16_IMAGE_CHANNELS = 8;  // at most
@@ -107,9 +135,11 @@ struct Bf16Pool {
 struct Bf16Kernels {
   // panels [p0, p1) of units [begin, end) of all images
   void (*layer)(const Bf16Layer&, i64 p0, i64 p1, i64 begin, i64 end);
-  void (*image)(const Bf16Image&, i64 begin, i64 end);        // (image, unit)
-  void (*upsample)(const Bf16Upsample&, i64 begin, i64 end);  // (image, panel, tap, unit)
-  void (*pool)(const Bf16Pool&, i64 begin, i64 end);          // (image, block)
+  void (*image)(const Bf16Image&, i64 begin, i64 end);           // (image, unit)
+  void (*upsample)(const Bf16Upsample&, i64 begin, i64 end);     // (image, panel, tap, unit)
+  void (*pool)(const Bf16Pool&, i64 begin, i64 end);             // (image, block)
+  void (*dgrad)(const Bf16Dgrad&, i64 begin, i64 end);           // units of all images
+  void (*grad_input)(const Bf16GradInput&, i64 begin, i64 end);  // (image, block)
 };
 
 // Of the form in use, or null: this processor, or FASTPHI_ISA, has none (isa.cpp).

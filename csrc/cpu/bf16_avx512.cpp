@@ -73,7 +73,7 @@ void tile_16(const bf16* a, const i64* taps, i64 count, i64 blocks, i64 stride, 
 
 }  // namespace
 
-extern const Bf16Kernels bf16_avx512 = {layer, image, upsample, pool};
+extern const Bf16Kernels bf16_avx512 = {layer, image, upsample, pool, dgrad, grad_input};
 
 }  // namespace fastphi
 #endif

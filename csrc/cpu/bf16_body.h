@@ -3,3 +3,4 @@
 #include "bf16_pixels.h"
 #include "bf16_layer.h"
 #include "bf16_levels.h"
+#include "bf16_grad.h"

@@ -11,7 +11,7 @@ namespace {
 constexpr i64 HEAVY = i64{1} << 20;  // a unit of any kind is worth a thread
 
 // Merged as (count, mean, M2) in the order of the units: sum z^2 - (sum z)^2/n cancels.
-void merge_statistics(const Bf16Layer& job, double eps, float* s_out) {
+void merge_statistics(const Bf16Layer& job, double eps, float* s_out, Bf16Moments moments) {
   const i64 units = job.panels * bf16_units(job.plane);
   parallel(job.n, 32 * units, [&](i64 begin, i64 end) {
     for (i64 n = begin; n < end; ++n) {
@@ -23,7 +23,10 @@ void merge_statistics(const Bf16Layer& job, double eps, float* s_out) {
         m2 += job.stats[3 * u + 2] + delta * delta * count * share;
         count += more;
       }
-      s_out[n] = static_cast<float>(1 / (std::sqrt(m2 / count) + eps));
+      const double std = std::sqrt(m2 / count);
+      s_out[n] = static_cast<float>(1 / (std + eps));
+      if (moments.mean)
+        moments.mean[n] = static_cast<float>(mean), moments.std[n] = static_cast<float>(std);
     }
   });
 }
@@ -84,7 +87,7 @@ void bf16_clear_borders(i64 n, const Bf16Hidden& x) {
   });
 }
 
-void launch_bf16_layer(Bf16Layer job, double eps, float* s_out, float* means) {
+void launch_bf16_layer(Bf16Layer job, double eps, float* s_out, float* means, Bf16Moments moments) {
   job.panels = bf16_blocks(job.cout);
   const i64 units = job.n * bf16_units(job.plane) * job.panels;
   thread_local Buffer<float> stats, sums;
@@ -94,10 +97,30 @@ void launch_bf16_layer(Bf16Layer job, double eps, float* s_out, float* means) {
   if (job.r_out) bf16_clear_borders(job.n, {job.r_out, nullptr, job.plane, job.cout});
   run_layer(job);
   if (job.gamma)
-    merge_statistics(job, eps, s_out);
+    merge_statistics(job, eps, s_out, moments);
   else
     std::fill_n(s_out, job.n, 1.0f);
   if (means) merge_sums(job, means);
+}
+
+void launch_bf16_grad_input(const Bf16GradInput& job) {
+  bf16_clear_borders(job.n, {job.dz, nullptr, job.plane, job.blocks * BF16_BLOCK});
+  parallel(job.n * job.blocks, 64 * job.plane.positions,
+           [&](i64 begin, i64 end) { bf16_kernels()->grad_input(job, begin, end); });
+}
+
+void launch_bf16_dgrad(Bf16Dgrad job, float* d_s) {
+  const i64 units = bf16_units(job.plane);
+  thread_local Buffer<float> dots;
+  dots.reserve(job.n * job.panels * units);
+  job.dots = dots;
+  parallel(job.n * units, HEAVY,
+           [&](i64 begin, i64 end) { bf16_kernels()->dgrad(job, begin, end); });
+  for (i64 n = 0; n < job.n; ++n) {
+    double sum = 0;
+    for (i64 u = n * job.panels * units; u < (n + 1) * job.panels * units; ++u) sum += dots[u];
+    d_s[n] = static_cast<float>(sum);
+  }
 }
 
 void launch_bf16_image(const Bf16Image& job) {
@@ -111,18 +134,17 @@ void launch_bf16_upsample(Bf16Upsample job) {
   parallel(units, HEAVY, [&](i64 begin, i64 end) { bf16_kernels()->upsample(job, begin, end); });
 }
 
-void launch_bf16_border_image(i64 n, i64 c, i64 h, i64 w, const float* x, float* out) {
-  const i64 row = (w + 2) * c;
+void launch_bf16_border_image(i64 n, i64 c, i64 h, i64 w, const float* x, bool pixels, float* out) {
+  const i64 row = (w + 2) * c, pixel = pixels ? c : 1, channel = pixels ? 1 : h * w;
   parallel(n * (h + 2), 2 * row, [&](i64 begin, i64 end) {
     for (i64 i = begin; i < end; ++i) {
       const i64 y = i % (h + 2) - 1;
       float* to = out + i * row;
       std::fill_n(to, row, 0.0f);
       if (y < 0 || y == h) continue;
-      for (i64 k = 0; k < c; ++k) {
-        const float* from = x + ((i / (h + 2) * c + k) * h + y) * w;
-        for (i64 p = 0; p < w; ++p) to[(p + 1) * c + k] = from[p];
-      }
+      const float* from = x + i / (h + 2) * c * h * w + y * w * pixel;
+      for (i64 k = 0; k < c; ++k)
+        for (i64 p = 0; p < w; ++p) to[(p + 1) * c + k] = from[p * pixel + k * channel];
     }
   });
 }

@@ -32,6 +32,10 @@ struct Moments {
   }
 };
 
+// Units to multiply together: few weights stay in the first-level cache by themselves; of many, a
+// block does.
+inline i64 together(i64 blocks) { return blocks <= 2 ? 1 : blocks < 16 ? 2 : GROUP; }
+
 // Epilogues of the units computed last, in slices beside the products of the next. An epilogue is
 // begun with a unit and takes rows until it is done.
 template <class Epilogue>
@@ -92,6 +96,9 @@ class LayerEpilogue {
     block_ = job_.r_out
                  ? job_.r_out + (unit.n * job_.panels + unit.panel) * plane_.block * BF16_BLOCK
                  : nullptr;
+    z_ = job_.z ? job_.z + (unit.n * job_.panels + unit.panel) * plane_.block * BF16_BLOCK +
+                      inside(plane_)
+                : nullptr;
     next_ = unit.products;
     const float* first = x_ < plane_.w ? next_ : next_ + BF16_BLOCK;
     for (int v = 0; v < 2; ++v) {
@@ -114,14 +121,15 @@ class LayerEpilogue {
       if (x == plane_.pitch) x = 0;
       if (x == plane_.w) continue;
       ++pixels_;
-      __m512 r[2];
+      __m512 of[2], r[2];
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        const __m512 of = z(p, v);
-        moments.add(v, of);
-        r[v] = relu(_mm512_mul_ps(gamma_[v], of));
+        of[v] = z(p, v);
+        moments.add(v, of[v]);
+        r[v] = relu(_mm512_mul_ps(gamma_[v], of[v]));
         sums[v] = _mm512_add_ps(sums[v], r[v]);
       }
+      if (z_) _mm512_storeu_si512(z_ + m * BF16_BLOCK, to_bf16(of[0], of[1]));
       if (block_) put(plane_, block_, m, x, to_bf16(r[0], r[1]));
     }
     moments_ = moments, sums_[0] = sums[0], sums_[1] = sums[1], m_ = m, x_ = x, next_ = p;
@@ -151,7 +159,7 @@ class LayerEpilogue {
   const Bf16Plane plane_;
   Unit unit_;
   i64 m_, end_, x_, pixels_;
-  bf16* block_;
+  bf16 *block_, *z_;
   const float* next_;
   __m512 bias_[2], gamma_[2], sums_[2];
   Moments moments_;
@@ -215,8 +223,7 @@ void layer_of(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   const Taps taps(job.plane);
   const i64 units = bf16_units(job.plane), stride = job.plane.block * BF16_BLOCK;
   const i64 all = job.source[0].blocks + (TWO ? job.source[1].blocks : 0);
-  // Few weights stay in the first-level cache by themselves; of many, a block does.
-  const i64 most = all <= 2 ? 1 : all < 16 ? 2 : GROUP;
+  const i64 most = together(all);
   Later<LayerEpilogue<TWO>> later(job);
   int turn = 0;
   for (i64 first = begin; first < end; first += job.span)

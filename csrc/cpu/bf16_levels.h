@@ -16,7 +16,8 @@ void image(const Bf16Image& job, i64 begin, i64 end) {
     for (Pixel at(plane, start); at.m < min_of(start + BF16_UNIT, plane.positions); ++at, p += 16)
       if (at.x < plane.w)
         for (i64 k = 0; k < c; ++k)
-          out[(k * plane.h + at.y) * plane.w + at.x] = s * (p[k] + p[c + k]) + job.bias[k];
+          out[(at.y * plane.w + at.x) * job.pixel + k * job.channel] =
+              s * (p[k] + p[c + k]) + job.bias[k];
   }
 }
 
@@ -90,10 +91,7 @@ void pool(const Bf16Pool& job, i64 begin, i64 end) {
         const bf16* p = from + (2 * y * plane.pitch + 2 * x) * BF16_BLOCK;
         __m512 mean[2];
         for (int v = 0; v < 2; ++v) {
-          auto at = [&](i64 k) {
-            return from_bf16(
-                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + k * BF16_BLOCK + v * 16)));
-          };
+          auto at = [&](i64 k) { return load_bf16(p + k * BF16_BLOCK + v * 16); };
           const __m512 top = _mm512_add_ps(at(0), at(1)),
                        bottom = _mm512_add_ps(at(plane.pitch), at(plane.pitch + 1));
           mean[v] = _mm512_mul_ps(quarter, _mm512_add_ps(top, bottom));

@@ -40,7 +40,7 @@ class Forward {
   void run(const float* x, i64 blocks, float* means, i64 stride, float* out) {
     const i64 c = plan_.image_channels;
     space_.image.reserve(n_ * c * (h_ + 2) * (w_ + 2) + 32);
-    launch_bf16_border_image(n_, c, h_, w_, x, space_.image);
+    launch_bf16_border_image(n_, c, h_, w_, x, false, space_.image);
     means_ = blocks ? means : nullptr, stride_ = stride, left_ = blocks;
     for (i64 b = 0; b <= plan_.blocks(); ++b)
       if (encoder(b)) return;
@@ -199,7 +199,9 @@ class Forward {
                        {x.r, x.s, x.blocks()},
                        weights.packed,
                        weights.bias,
-                       out});
+                       out,
+                       1,
+                       h_ * w_});
   }
 
   const Plan& plan_;

@@ -4,20 +4,14 @@
 // that of csrc/README.md down to the image; weights get no gradient. Images that have stopped take
 // no further part, and no image's result depends on the others. Per 3x64x64 image of the default
 // network and iteration: 3.95 GFLOP.
-#include <cmath>
-#include <limits>
-
 #include "../operators.h"
+#include "match_loop.h"
 #include "network.h"
 #include "winograd.h"
 
 namespace fastphi {
 
 namespace {
-
-struct Adam {
-  double lr, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
-};
 
 template <class T>
 struct LayerState {
@@ -164,76 +158,6 @@ class Encoder {
   Buffer<T>&image_, &ones_, &d_r_, &d_r_next_, &dz_, &d_s_, &coefficient_, &mean_;
 };
 
-// As torch.optim.Adam: x -= lr/(1 - b1^t) * m / (sqrt(v)/sqrt(1 - b2^t) + eps), t = 1 for the
-// first. x, m, v: (C, pixels); gradient: (pixels, C).
-template <class T>
-void adam_step(const Adam& adam, i64 t, i64 c, i64 pixels, const T* gradient, T* x, T* m, T* v) {
-  const T step = static_cast<T>(adam.lr / (1 - std::pow(adam.beta1, t)));
-  const T root = static_cast<T>(std::sqrt(1 - std::pow(adam.beta2, t)));
-  const T b1 = static_cast<T>(1 - adam.beta1), b2 = static_cast<T>(adam.beta2),
-          b2c = static_cast<T>(1 - adam.beta2);
-  const T eps = static_cast<T>(adam.eps);
-  for (i64 k = 0; k < c; ++k)
-    for (i64 p = 0; p < pixels; ++p) {
-      const i64 i = k * pixels + p;
-      const T g = gradient[p * c + k];
-      m[i] += b1 * (g - m[i]);
-      v[i] = b2 * v[i] + b2c * g * g;
-      x[i] -= step * (m[i] / (std::sqrt(v[i]) / root + eps));
-    }
-}
-
-// The state of Algorithm 2 on a batch.
-template <class T>
-struct Match {
-  i64 n, image_channels, pixels, c;
-  T *x, *m, *v;     // (N, C, H, W)
-  T* losses;        // (max_iter + 1, N)
-  i64* updates;     // (N,)
-  bool* active;     // (N,)
-  const T* target;  // (N, c)
-  const T* weight;  // (c,)
-  double tolerance;
-  i64 max_iter;
-
-  i64 size() const { return image_channels * pixels; }
-
-  // L_i(x) into row t and the image's further part in it; phi becomes d_phi. phi: (c,)
-  void judge(i64 t, i64 i, T* phi) {
-    double loss = 0;
-    for (i64 k = 0; k < c; ++k) {
-      const double d = static_cast<double>(phi[k]) - target[i * c + k];
-      loss += weight[k] * d * d;
-      phi[k] = static_cast<T>(2 * weight[k] * d);
-    }
-    losses[t * n + i] = static_cast<T>(loss);
-    const bool stop = tolerance > 0 && losses[t * n + i] <= tolerance * losses[i];
-    active[i] = !stop && t < max_iter;
-  }
-
-  // Iteration t of the k images `which`, all of them active.
-  void step(i64 t, const i64* which, i64 k, Encoder<T>& encoder, const Adam& adam, T* phi) {
-    for (i64 j = 0; j < k; ++j)
-      image_to_nhwc(x + which[j] * size(), image_channels, pixels, encoder.image(j));
-    encoder.forward(k, phi);
-    bool any = false;
-    for (i64 j = 0; j < k; ++j) {
-      judge(t, which[j], phi + j * c);
-      any = any || active[which[j]];
-    }
-    if (!any) return;
-    encoder.backward(k, phi);
-    parallel(k, 20 * size(), [&](i64 begin, i64 end) {
-      for (i64 j = begin; j < end; ++j) {
-        const i64 i = which[j], at = i * size();
-        if (!active[i]) continue;
-        adam_step(adam, t + 1, image_channels, pixels, encoder.image(j), x + at, m + at, v + at);
-        updates[i] = t + 1;
-      }
-    });
-  }
-};
-
 }  // namespace
 
 void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
@@ -243,48 +167,17 @@ void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Te
   const Plan plan{x.dim() > 1 ? x.sizes()[1] : 0, channels, enc_layers, mid_layers, {}};
   check_network(x, plan, packed);
   check_network(x, plan, packed_t);
-  const i64 n = x.sizes()[0], h = x.sizes()[2], w = x.sizes()[3], c = channels.back();
-  check_shape(m, "m", shape_of(x), &x);
-  check_shape(v, "v", shape_of(x), &x);
-  check_tensor(losses, "losses", 2, &x);
-  const i64 max_iter = losses.sizes()[0] - 1;
-  check_shape(losses, "losses", {max_iter + 1, n}, &x);
-  check_shape(target, "target", {n, c}, &x);
-  check_shape(weight, "weight", {c}, &x);
-  STD_TORCH_CHECK(updates.scalar_type() == ScalarType::Long && shape_of(updates) == Shape{n},
-                  "updates: expected int64 (", n, ",)");
-  STD_TORCH_CHECK(active.scalar_type() == ScalarType::Bool && shape_of(active) == Shape{n},
-                  "active: expected bool (", n, ",)");
+  const MatchTensors tensors{x, m, v, losses, updates, active, target, weight};
+  tensors.check(channels.back());
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const auto convs = convs_of<T>(packed), transposed = convs_of<T>(packed_t);
-    const i64 chunk = std::min(n, images_at_once(h * w));
+    const i64 h = x.sizes()[2], w = x.sizes()[3];
+    const i64 chunk = std::min(x.sizes()[0], images_at_once(h * w));
     thread_local EncoderSpace<T> space;
     space.reserve(plan, chunk, h, w);
     Encoder<T> encoder(plan, convs, transposed, static_cast<T>(eps), h, w, space);
-    Buffer<T> phi(chunk * c);
-    Match<T> match{n,
-                   plan.image_channels,
-                   h * w,
-                   c,
-                   mutable_data<T>(x),
-                   mutable_data<T>(m),
-                   mutable_data<T>(v),
-                   mutable_data<T>(losses),
-                   mutable_data<i64>(updates),
-                   mutable_data<bool>(active),
-                   data<T>(target),
-                   data<T>(weight),
-                   tolerance,
-                   max_iter};
-    for (i64 t = start; t < std::min(start + steps, max_iter + 1); ++t) {
-      std::vector<i64> left;
-      for (i64 i = 0; i < n; ++i)
-        if (match.active[i]) left.push_back(i);
-      const i64 count = static_cast<i64>(left.size());
-      for (i64 i = 0; i < count; i += chunk)
-        match.step(t, left.data() + i, std::min(chunk, count - i), encoder, Adam{lr}, phi);
-    }
+    Match<T>(tensors, tolerance).run(start, steps, chunk, encoder, Adam{lr});
     if (space.size() > MOST_KEPT) space = EncoderSpace<T>{};
   });
 }
