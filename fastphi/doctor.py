@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 import fastphi
-from fastphi import engine, gpu_library, ops
+from fastphi import engine, gpu_library, gpu_loop, ops
 from fastphi.unet import UNetConfig
 
 _PACKAGES = (
@@ -39,6 +39,7 @@ def report() -> dict[str, Any]:
         "compiled": {"cpu": _compiled("cpu"), "cuda": _compiled("cuda")},
         "triton_kernels": _triton_kernels(),
         "cudnn": gpu_library.text(),
+        "match_loop": gpu_loop.text(),
         "engines": [row for device in _devices() for row in _engines(device)],
     }
 
@@ -55,6 +56,7 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"  {name:<6} {build}")
     lines.append(f"  triton {found['triton_kernels']}")
     lines.append(f"  cuDNN  makes the convolutions of {found['cudnn']}")
+    lines.append(f"  match  on a GPU is repeated by: {found['match_loop']}")
     lines += ["", "Engines (default network; a gradient needed: ops, otherwise: runner)"]
     for row in found["engines"]:
         lines.append(f"  {row['device']:<5} {row['dtype']:<9} -> {row['engine']}")

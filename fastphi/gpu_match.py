@@ -9,13 +9,12 @@ filled costs no more than the images in it.
 from __future__ import annotations
 
 import functools
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastphi import gpu_plan, ops
+from fastphi import gpu_loop, gpu_plan, ops
 from fastphi.gpu_plan import Packed, Plan, Weights
 
 if TYPE_CHECKING:
@@ -25,32 +24,6 @@ STEPS = (
     4  # iterations in a graph: a look at the flag every millisecond or so, next to none for nothing
 )
 ROWS = 128  # the losses' rows come in multiples of this: one graph for most `max_iter`
-
-
-def while_graph() -> Any:
-    """The class that runs a graph in a loop on the device, if FASTPHI_MATCH_LOOP asks for that, or None.
-
-    "poll" (the default): the host replays, and looks at a flag. "while": a WHILE node of CUDA 12.4,
-    without the host; RuntimeError where that is not to be had. The same numbers either way.
-    """
-    wanted = os.environ.get("FASTPHI_MATCH_LOOP", "poll")
-    if wanted not in ("poll", "while"):
-        raise ValueError(f"FASTPHI_MATCH_LOOP: expected poll or while, got {wanted!r}")
-    if wanted == "poll":
-        return None
-    try:
-        from fastphi import _graph  # type: ignore[attr-defined]
-    except ImportError as error:
-        raise RuntimeError(
-            f"FASTPHI_MATCH_LOOP=while: fastphi._graph cannot be imported ({error}); it is built where"
-            " nvcc, a CUDA torch and pybind11 are found"
-        ) from None
-    if (version := _graph.driver_version()) < 12040:
-        raise RuntimeError(
-            "FASTPHI_MATCH_LOOP=while: WHILE nodes need a driver of CUDA 12.4 or later, this one is of "
-            f"{version // 1000}.{version % 1000 // 10}"
-        )
-    return _graph.WhileGraph
 
 
 def capacity(n: int) -> int:
@@ -126,7 +99,7 @@ class MatchPlan(Plan):
             self._capture()
 
     def _capture(self) -> None:
-        make = while_graph()
+        make = gpu_loop.on_device(self.n, self.device)
         self.graph_options = {"keep_graph": make is not None}
         super()._capture()
         if make is not None and self.graph is not None:

@@ -31,6 +31,25 @@ def marks(whole_engine: bool = True) -> list[Any]:
     ]
 
 
+def photographs(device: Any) -> Tensor:
+    """scikit-learn's two, (2, 3, 427, 640) in [0, 1]."""
+    from sklearn.datasets import load_sample_images
+
+    shots = [torch.tensor(image) for image in load_sample_images().images]
+    return torch.stack(shots).permute(0, 3, 1, 2).float().div(255).to(device)
+
+
+def patches(shots: Tensor, size: int, n: int, generator: torch.Generator) -> Tensor:
+    """(n, 3, size, size): of either photograph, anywhere."""
+
+    def draw(limit: int) -> list[int]:
+        return torch.randint(limit, (n,), generator=generator).tolist()
+
+    height, width = shots.shape[2:]
+    places = zip(draw(2), draw(height - size + 1), draw(width - size + 1), strict=True)
+    return torch.stack([shots[i, :, y : y + size, x : x + size] for i, y, x in places])
+
+
 def network(config: UNetConfig, seed: int, backend: str) -> UNet:
     """Gains of both signs and biases other than 0, so that no term of a layer is invisible."""
     with torch.random.fork_rng(devices=[]):

@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import gpu_library_table  # noqa: E402
+import gpu_loop_table  # noqa: E402
 import gpu_suite  # noqa: E402
 import gpu_tables  # noqa: E402
 import support  # noqa: E402
 
+from fastphi import gpu_loop  # noqa: E402
 from fastphi.unet import UNetConfig  # noqa: E402
 
 MACHINE = {"gpu": "made up", "capability": [9, 0]}
@@ -91,6 +93,41 @@ def test_layers_go_to_cudnn_from_the_batch_on_from_which_it_is_faster(tmp_path):
     assert (row["c_in"], row["from_batch"], row["capability"]) == ([128], 8, [9, 0])
     committed = json.loads(gpu_library_table.TABLE.read_text())
     assert committed.keys() == table.keys()
+
+
+def test_the_loop_of_a_match_is_the_one_that_measured_faster(monkeypatch):
+    """A batch between those that were measured is the lower one's; without a measurement the host polls."""
+
+    def case(n, loop, seconds):
+        return layer([64], n, "ours", seconds) | {"what": "match to 1 %", "loop": loop}
+
+    times = [(1, 2e-3, 1e-3), (8, 2e-3, 1e-3), (64, 1e-3, 2e-3)]
+    cases = [
+        case(n, form, t) for n, *both in times for form, t in zip(gpu_loop.FORMS, both, strict=True)
+    ]
+    cases += [case(256, "poll", 1e-3), layer([64], 1, "eager", 1e-9)]
+    made = gpu_loop_table.table({"machine": MACHINE, "cases": cases})
+    assert [row["images"] for row in made["rows"]] == [1, 8, 64]
+    found = [gpu_loop.faster(n, [9, 0], made["rows"]) for n in (1, 4, 8, 32, 64, 512)]
+    assert found == ["while"] * 4 + ["poll"] * 2
+    assert gpu_loop.faster(1, [8, 0], made["rows"]) == gpu_loop.faster(1, [9, 0], []) == "poll"
+    assert json.loads(gpu_loop_table.TABLE.read_text()).keys() == made.keys()
+    monkeypatch.setattr(gpu_loop, "table", lambda: made)
+    assert "made up: 1: while, 8: while, 64: poll" in gpu_loop.text()
+
+
+def test_the_form_of_the_loop_can_be_asked_for(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("FASTPHI_MATCH_LOOP", "for")
+    with pytest.raises(ValueError, match="FASTPHI_MATCH_LOOP: expected poll or while, got 'for'"):
+        gpu_loop.chosen(1, cpu)
+    monkeypatch.setenv("FASTPHI_MATCH_LOOP", "while")
+    assert "FASTPHI_MATCH_LOOP asks" in gpu_loop.text()
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="fastphi._graph cannot be imported|CUDA 12.4"):
+            gpu_loop.chosen(1, cpu)
+    monkeypatch.delenv("FASTPHI_MATCH_LOOP")
+    assert gpu_loop.on_device(1, cpu) is None and gpu_loop.text().startswith("poll")
 
 
 def test_the_outcomes_of_tests_are_written_as_they_come(tmp_path):

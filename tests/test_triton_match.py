@@ -204,18 +204,6 @@ def test_new_weights_are_packed_again():
     assert len(runner._plans) == 1
 
 
-def test_the_form_of_the_loop_is_checked(monkeypatch):
-    monkeypatch.setenv("FASTPHI_MATCH_LOOP", "for")
-    with pytest.raises(ValueError, match="FASTPHI_MATCH_LOOP: expected poll or while, got 'for'"):
-        gpu_match.while_graph()
-    monkeypatch.setenv("FASTPHI_MATCH_LOOP", "while")
-    if DEVICE.type == "cpu":
-        with pytest.raises(RuntimeError, match="fastphi._graph cannot be imported|CUDA 12.4"):
-            gpu_match.while_graph()
-    monkeypatch.delenv("FASTPHI_MATCH_LOOP")
-    assert gpu_match.while_graph() is None
-
-
 def test_an_interrupt_leaves_the_runner_usable(monkeypatch):
     x, target, weight = case("tiny")
     runner, run, calls = gpu.GPURunner(network("tiny")), gpu_match.MatchPlan.run, []

@@ -184,7 +184,7 @@ PARTS: dict[str, Part] = {
     "denoise": benchmarks(NETWORK, "-k", "denoise"),
     "extract": benchmarks("bench_gpu_extract.py"),
     "memory": benchmarks("bench_gpu_memory.py"),
-    "match": benchmarks("bench_gpu_match.py", "-k", "iteration or match_that or updates"),
+    "match": benchmarks("bench_gpu_match.py", "-k", "not reconstruction and not replays"),
     "reconstruct": benchmarks("bench_gpu_match.py", "-k", "reconstruction or replays"),
     "train": benchmarks("bench_gpu_train.py"),
 }

@@ -124,6 +124,47 @@ def _network(found: Found) -> list[str]:
     )
 
 
+def _matches(found: Found) -> list[str]:
+    """Of guidance: how many updates, too."""
+    rows = []
+    for (what, n), ways in _by_way(found).items():
+        for way, case in ways.items():
+            spread = [case.get(name) for name in ("mean_updates", "max_updates", "cv_updates")]
+            rows.append(
+                [
+                    *(what, n, way, _show(_median(case), ".3f", 1e3), _share(case, found)),
+                    _ratio(case, ways.get("ours")),
+                    *(
+                        _show(value, form)
+                        for value, form in zip(spread, (".1f", ".0f", ".2f"), strict=True)
+                    ),
+                    _show(case.get("peak_bytes"), ",.0f", 2**-20),
+                ]
+            )
+    return _grid(
+        ("work", "images", "way", "ms", "of matmul", "ours is faster by", "updates", "at most",
+         "their CV", "MiB at the peak"), rows
+    )  # fmt: skip
+
+
+def _train(found: Found) -> list[str]:
+    rows = [
+        [
+            *(n, way, _show(_median(case), ".2f", 1e3), _share(case, found)),
+            _ratio(case, ways.get("ours")),
+            _show(case.get("images_per_second"), ",.0f"),
+            _show(case.get("hours_for_1000_epochs_of_imagenet"), ".1f"),
+            _show(case.get("peak_bytes"), ",.0f", 2**-20),
+        ]
+        for (_, n), ways in _by_way(found).items()
+        for way, case in ways.items()
+    ]
+    return _grid(
+        ("images", "way", "ms a step", "of matmul", "ours is faster by", "images/s",
+         "h for 1000 epochs, calculated", "MiB at the peak"), rows
+    )  # fmt: skip
+
+
 def _extract(found: Found) -> list[str]:
     rows = [
         [
@@ -182,6 +223,9 @@ TABLES: dict[str, Callable[[Found], list[str]]] = {
     "layers": _layers,
     "extract": _extract,
     "memory": _memory,
+    "match": _matches,
+    "reconstruct": _matches,
+    "train": _train,
 }
 
 
