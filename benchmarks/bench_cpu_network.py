@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastphi
-from fastphi import reference
+from fastphi import cpu, reference
 from fastphi.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers
@@ -26,6 +26,7 @@ TOLERANCE = {
     True: 1e-5,
     False: 5e-6,
 }  # of ours, denoised and φ: largest difference over largest value
+BF16 = 3e-2  # of ours in bfloat16, likewise
 LR = 0.01
 
 
@@ -58,6 +59,7 @@ def test_network(what: str, images: int, size: int, model: UNet, in_turn) -> Non
             errors[name] = {"error": float((found - want).abs().max() / want.abs().max())}
             calls[name] = lambda call=call: call(x)
         assert errors["ours"]["error"] <= TOLERANCE[decoder]
+        assert errors.get("ours bf16", {"error": 0})["error"] <= BF16
         flops = support.total_flops(CONFIG, size, decoder=decoder) * images
         case = {"what": what, "images": images, "size": size, "flops": flops}
         in_turn(case, calls, errors, rounds=rounds(images))
@@ -88,10 +90,13 @@ def test_guidance(what: str, steps: int, images: int, size: int, model: UNet, in
     else:
         encoders["authors"] = cpu_peers.authors(model, False, x)
 
-    def ours() -> Tensor:
-        return fastphi.match_phi(model, x, target, lr=LR, max_iter=steps, tolerance=0.0).x
+    def ours(dtype: torch.dtype | None = None) -> Tensor:
+        options = {"lr": LR, "max_iter": steps, "tolerance": 0.0}
+        return fastphi.match_phi(model, x, target, dtype=dtype, **options).x
 
+    reason = cpu.refuses(CONFIG, x.device, torch.bfloat16)
     calls: dict[str, Callable[[], Any] | str] = {"ours": ours}
+    calls["ours bf16"] = reason or (lambda: ours(torch.bfloat16))
     for name, network in encoders.items():
         calls[name] = lambda network=network: guidance(network, x, target, steps)
     if steps < 10:  # after that many, Adam has spread the rounding of the first gradients

@@ -17,7 +17,7 @@ import support
 import torch
 from torch import Tensor
 
-from fastphi import reference
+from fastphi import cpu, reference
 from fastphi.unet import UNet
 
 Call = Callable[[Tensor], Tensor]
@@ -40,6 +40,17 @@ def plain(model: UNet, decoder: bool) -> support.Plain:
 
 def ours(model: UNet, decoder: bool, x: Tensor) -> Call:
     return model if decoder else model.phi
+
+
+def ours_bf16(model: UNet, decoder: bool, x: Tensor) -> Call:
+    if (reason := cpu.refuses(model.config, x.device, torch.bfloat16)) is not None:
+        raise Absent(reason)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours(model, decoder, x)(x)
+
+    return call
 
 
 def eager(model: UNet, decoder: bool, x: Tensor) -> Call:
@@ -141,6 +152,7 @@ class Spelled(torch.nn.Module):
 
 WAYS: dict[str, Callable[[UNet, bool, Tensor], Call]] = {
     "ours": ours,
+    "ours bf16": ours_bf16,
     "eager": eager,
     "torch.compile": compiled,
     "OpenVINO f32": openvino("f32"),

@@ -51,13 +51,19 @@ def text(found: dict[str, Any]) -> str:
     lines.append("| | images | size | " + " | ".join(ways) + " |")
     lines.append("|---" * (len(ways) + 3) + "|")
     for (what, images, size), row in rows.items():
-        cells = [cell(row.get(way), row.get("ours")) for way in ways]
+        cells = [cell(row.get(way), row.get(beside(way))) for way in ways]
         lines.append(f"| {what} | {images} | {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def beside(way: str) -> str:
+    """Which of our ways a way is compared with: what computes in bf16 with what does."""
+    return "ours bf16" if way.endswith("bf16") else "ours"
+
+
 def cell(case: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
-    """Milliseconds (median), then how many times ours; what is ours has its GFLOP/s and its error."""
+    """Milliseconds (median), then how many times ours (of the same kind); what is ours has its GFLOP/s
+    and its error."""
     if case is None:
         return "–"
     if "absent" in case:
