@@ -12,6 +12,8 @@ namespace {
 
 #include "bf16_operand.h"
 
+constexpr i64 HALF = 16 * BF16_BLOCK;
+
 // Tiles 0-3: sums, 4-5: positions, 6-7: weights; each of 16 rows of 64 bytes. Configured for the
 // life of the object, on this thread.
 class Tiles {
@@ -23,60 +25,78 @@ class Tiles {
   }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
-};
 
-constexpr i64 HALF = 16 * BF16_BLOCK;
-
-inline void load_sums(const float* sums) {
-  _tile_loadd(0, sums, 128);
-  _tile_loadd(1, sums + 16, 128);
-  _tile_loadd(2, sums + 16 * 32, 128);
-  _tile_loadd(3, sums + 16 * 32 + 16, 128);
-}
-
-inline void store_sums(float* sums) {
-  _tile_stored(0, sums, 128);
-  _tile_stored(1, sums + 16, 128);
-  _tile_stored(2, sums + 16 * 32, 128);
-  _tile_stored(3, sums + 16 * 32 + 16, 128);
-}
-
-// Of each of `count` units, out (32 positions, 32 outputs) = sum over blocks and taps of
-// a (32 positions, 32) b (32, 32). Two units share the weights of a block while these are in the
-// first-level cache, their sums waiting there meanwhile. beside() is called for every product:
-// vector work that the processor does while the matrix unit multiplies.
-template <class Beside>
-void multiply(const Operand* units, int count, const i64* taps, i64 n_taps, i64 blocks, i64 stride,
-              const bf16* b, Beside& beside) {
-  asm volatile("" ::: "memory");  // the loads below do not tell the compiler what they read
-  for (i64 block = 0; block < blocks; ++block, b += n_taps * BF16_PAIRED)
-    for (int u = 0; u < count; ++u) {
-      const bf16* a = units[u].a + block * stride;
-      if (block == 0 || count > 1) {
-        if (block > 0) {
-          load_sums(units[u].out);
-        } else {
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
+  // Of each of `count` units, out (32 positions, 32 outputs) = sum over blocks and taps of
+  // a (32 positions, 32) b (32, 32). Two units share the weights of a block while these are in the
+  // first-level cache, their sums waiting there meanwhile. beside() is called for every product:
+  // vector work that the processor does while the matrix unit multiplies. The last unit's sums are
+  // stored by the next call, or by store().
+  template <class Beside>
+  void multiply(const Operand* units, int count, const i64* taps, i64 n_taps, i64 blocks,
+                i64 stride, const bf16* b, Beside& beside) {
+    asm volatile("" ::: "memory");  // the loads below do not tell the compiler what they read
+    for (i64 block = 0; block < blocks; ++block, b += n_taps * BF16_PAIRED)
+      for (int u = 0; u < count; ++u) {
+        const bf16* a = units[u].a + block * stride;
+        load(a + taps[0], b);
+        if (block == 0 || count > 1)
+          turn(block > 0 ? units[u].out : nullptr, units[u].out);
+        else
+          multiply_add();
+        beside();
+        for (i64 t = 1; t < n_taps; ++t) {
+          load(a + taps[t], b + t * BF16_PAIRED);
+          multiply_add();
+          beside();
         }
       }
-      for (i64 t = 0; t < n_taps; ++t) {
-        const bf16 *at = a + taps[t], *w = b + t * BF16_PAIRED;
-        _tile_loadd(4, at, 64);
-        _tile_loadd(6, w, 64);
-        _tile_loadd(5, at + HALF, 64);
-        _tile_loadd(7, w + HALF, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        beside();
-      }
-      if (block == blocks - 1 || count > 1) store_sums(units[u].out);
-    }
-}
+  }
+
+  void store() {
+    if (!sums_) return;
+    _tile_stored(0, sums_, 128);
+    _tile_stored(1, sums_ + 16, 128);
+    _tile_stored(2, sums_ + 16 * 32, 128);
+    _tile_stored(3, sums_ + 16 * 32 + 16, 128);
+    sums_ = nullptr;
+  }
+
+ private:
+  static void load(const bf16* a, const bf16* b) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(5, a + HALF, 64);
+    _tile_loadd(7, b + HALF, 64);
+  }
+
+  static void multiply_add() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  // As multiply_add, from one unit's sums to another's, tile by tile, so that the matrix unit need
+  // not wait until all are stored. from: sums to go on with, or null for zeros.
+  void turn(const float* from, float* to) {
+#define FASTPHI_TURN(tile, at, positions, weights)  \
+  if (sums_) _tile_stored(tile, sums_ + (at), 128); \
+  if (from) {                                       \
+    _tile_loadd(tile, from + (at), 128);            \
+  } else {                                          \
+    _tile_zero(tile);                               \
+  }                                                 \
+  _tile_dpbf16ps(tile, positions, weights)
+    FASTPHI_TURN(0, 0, 4, 6);
+    FASTPHI_TURN(1, 16, 4, 7);
+    FASTPHI_TURN(2, 16 * 32, 5, 6);
+    FASTPHI_TURN(3, 16 * 32 + 16, 5, 7);
+#undef FASTPHI_TURN
+    sums_ = to;
+  }
+
+  float* sums_ = nullptr;  // where the tiles' sums belong, or null
+};
 
 // out (32 positions, 16 outputs)
 void tile_16(const bf16* a, const i64* taps, i64 count, i64 blocks, i64 stride, const bf16* b,

@@ -12,10 +12,6 @@ namespace {
 
 #include "bf16_operand.h"
 
-struct Tiles {
-  ~Tiles() {}  // nothing to set up
-};
-
 // out (P positions, NV * 16 outputs, row) = sum over blocks and taps of a (P, 32) b (32, NV * 16)
 template <int P, int NV>
 void tile(const bf16* a, const i64* taps, i64 count, i64 blocks, i64 stride, const bf16* b,
@@ -56,12 +52,16 @@ void tiles(const bf16* a, const i64* taps, i64 count, i64 blocks, i64 stride, co
 
 // Of each of `count` units, out (32 positions, 32 outputs) = sum over blocks and taps of
 // a (32 positions, 32) b (32, 32). beside() is for processors with a unit to work beside.
-template <class Beside>
-void multiply(const Operand* units, int count, const i64* taps, i64 n_taps, i64 blocks, i64 stride,
-              const bf16* b, Beside&) {
-  for (int u = 0; u < count; ++u)
-    tiles<2>(units[u].a, taps, n_taps, blocks, stride, b, units[u].out);
-}
+struct Tiles {
+  ~Tiles() {}  // nothing to set up
+  template <class Beside>
+  void multiply(const Operand* units, int count, const i64* taps, i64 n_taps, i64 blocks,
+                i64 stride, const bf16* b, Beside&) {
+    for (int u = 0; u < count; ++u)
+      tiles<2>(units[u].a, taps, n_taps, blocks, stride, b, units[u].out);
+  }
+  void store() {}
+};
 
 // out (32 positions, 16 outputs)
 void tile_16(const bf16* a, const i64* taps, i64 count, i64 blocks, i64 stride, const bf16* b,

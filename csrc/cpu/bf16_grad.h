@@ -45,8 +45,8 @@ class DgradEpilogue {
 };
 
 void dgrad(const Bf16Dgrad& job, i64 begin, i64 end) {
-  alignas(64) float products[2][GROUP][PRODUCTS];
-  const Tiles tiles;
+  alignas(64) float products[2][GROUP][PRODUCTS + ASIDE];
+  Tiles tiles;
   const Taps taps(job.plane);
   const i64 units = bf16_units(job.plane), stride = job.plane.block * BF16_BLOCK;
   const i64 blocks = job.source.blocks, most = together(blocks);
@@ -63,11 +63,12 @@ void dgrad(const Bf16Dgrad& job, i64 begin, i64 end) {
         operands[u] = {image + group[u].unit * BF16_UNIT * BF16_BLOCK, products[turn][u]};
       }
       later.expect(blocks * 9 * count);
-      multiply(operands, count, taps.at, 9, blocks, stride,
-               job.packed + panel * blocks * 9 * BF16_PAIRED, later);
+      tiles.multiply(operands, count, taps.at, 9, blocks, stride,
+                     job.packed + panel * blocks * 9 * BF16_PAIRED, later);
       later.flush();
       later.add(group, count);
     }
+  tiles.store();
   later.flush();
 }
 

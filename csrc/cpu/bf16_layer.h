@@ -46,8 +46,7 @@ class Later {
 
   void add(const typename Epilogue::Unit* units, int count) {
     for (int u = 0; u < count; ++u) units_[u] = units[u];
-    next_ = 0, count_ = count;
-    epilogue_.begin(units_[0]);
+    next_ = 0, count_ = count, begun_ = false;
   }
   // `steps` calls of this object are to come
   void expect(i64 steps) { every_ = wait_ = count_ ? steps * SLICE / (count_ * BF16_UNIT) : steps; }
@@ -65,15 +64,18 @@ class Later {
 
   void slice() {
     if (next_ == count_) return;
+    if (!begun_) epilogue_.begin(units_[next_]);
     epilogue_.rows(SLICE);
-    if (!epilogue_.done()) return;
+    begun_ = !epilogue_.done();
+    if (begun_) return;
     epilogue_.finish();
-    if (++next_ < count_) epilogue_.begin(units_[next_]);
+    ++next_;
   }
 
   Epilogue epilogue_;
   typename Epilogue::Unit units_[GROUP];
   int next_ = 0, count_ = 0;
+  bool begun_ = false;
   i64 every_ = 1, wait_ = 1;
 };
 
@@ -218,8 +220,8 @@ void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
 
 template <bool TWO>
 void layer_of(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
-  alignas(64) float products[2][GROUP][(TWO ? 2 : 1) * PRODUCTS];
-  const Tiles tiles;
+  alignas(64) float products[2][GROUP][(TWO ? 2 : 1) * PRODUCTS + ASIDE];
+  Tiles tiles;
   const Taps taps(job.plane);
   const i64 units = bf16_units(job.plane), stride = job.plane.block * BF16_BLOCK;
   const i64 all = job.source[0].blocks + (TWO ? job.source[1].blocks : 0);
@@ -244,12 +246,13 @@ void layer_of(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
                            products[turn][u] + s * PRODUCTS};
             group[u].scale[s] = from.scale[group[u].n];
           }
-          multiply(operands, count, taps.at, 9, from.blocks, stride, b, later);
+          tiles.multiply(operands, count, taps.at, 9, from.blocks, stride, b, later);
           b += from.blocks * 9 * BF16_PAIRED;
         }
         later.flush();
         later.add(group, count);
       }
+  tiles.store();
   later.flush();
 }
 

@@ -61,7 +61,7 @@ class UpsampleEpilogue {
 
 void upsample(const Bf16Upsample& job, i64 begin, i64 end) {
   alignas(64) float products[2][PRODUCTS];
-  const Tiles tiles;
+  Tiles tiles;
   const i64 units = bf16_units(job.plane), stride = job.plane.block * BF16_BLOCK;
   const i64 centre = inside(job.plane), blocks = job.source.blocks;
   Later<UpsampleEpilogue> later(job);
@@ -71,12 +71,13 @@ void upsample(const Bf16Upsample& job, i64 begin, i64 end) {
     const bf16* image = job.source.r + n * blocks * stride;
     const Operand operand{image + unit * BF16_UNIT * BF16_BLOCK, products[i % 2]};
     later.expect(blocks);
-    multiply(&operand, 1, &centre, 1, blocks, stride,
-             job.packed + (tap * job.panels + panel) * blocks * BF16_PAIRED, later);
+    tiles.multiply(&operand, 1, &centre, 1, blocks, stride,
+                   job.packed + (tap * job.panels + panel) * blocks * BF16_PAIRED, later);
     later.flush();
     const UpsampleEpilogue::Unit done{n, tap, panel, unit, products[i % 2]};
     later.add(&done, 1);
   }
+  tiles.store();
   later.flush();
 }
 

@@ -1,6 +1,9 @@
 // Pixels of 32 channels: conversions, and where they lie. Included by bf16_body.h.
 
 constexpr i64 PRODUCTS = BF16_UNIT * BF16_BLOCK;
+// Between the sums of two units, so that those stored last and those loaded next do not lie at the
+// same place of a page: the processor would take one for the other, and wait.
+constexpr i64 ASIDE = 512;
 constexpr i64 GROUP = 4;  // units computed together, at most
 
 inline i64 min_of(i64 a, i64 b) { return a < b ? a : b; }
