@@ -42,10 +42,18 @@ void tile(const T* __restrict a, i64 stride, i64 runs, i64 run_stride, i64 len,
           const T* __restrict b, T* __restrict out, i64 out_stride, T scale, bool add,
           const T* ahead, i64 step) {
   constexpr i64 V = Vec<T>::LANES;
+  constexpr int BASES = (P + 2) / 3;  // a pointer for every three pixels
   typename Vec<T>::type acc[P][NV] = {};
   for (i64 run = 0; run < runs; ++run) {
-    const T* ap = a + run * run_stride;
-    for (i64 k = 0; k < len; ++k, ++ap, b += NV * V) {
+    const T* base[BASES];
+#pragma GCC unroll 4
+    for (int q = 0; q < BASES; ++q) {
+      base[q] = a + run * run_stride + 3 * q * stride;
+      // Else the compiler makes one pointer and P offsets of it, keeps some of them in vector
+      // registers, and fetches them through the port that multiplies: 5 to 10 % slower.
+      asm("" : "+r"(base[q]));
+    }
+    for (i64 k = 0; k < len; ++k, b += NV * V) {
       if constexpr (AHEAD) {
         __builtin_prefetch(ahead, 0, 2);
         __builtin_prefetch(ahead + step / 2, 0, 2);
@@ -56,10 +64,12 @@ void tile(const T* __restrict a, i64 stride, i64 runs, i64 run_stride, i64 len,
       for (int j = 0; j < NV; ++j) bv[j] = load(b + j * V);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
-        const auto av = splat(ap[p * stride]);
+        const auto av = splat(base[p / 3][p % 3 * stride]);
 #pragma GCC unroll 2
         for (int j = 0; j < NV; ++j) acc[p][j] += av * bv[j];
       }
+#pragma GCC unroll 4
+      for (int q = 0; q < BASES; ++q) ++base[q];
     }
   }
   const auto sv = splat(scale);
