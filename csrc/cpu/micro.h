@@ -35,9 +35,10 @@ inline typename Vec<T>::type splat(T x) {
 
 // a: (P pixels, stride) x (runs, run_stride) x (len contiguous); b: (runs*len, NV*LANES); out: (P,
 // out_stride) x (NV*LANES)
-// AHEAD: meanwhile len * step values from `ahead` on are brought into the second-level cache.
-// Spread over all tiles that share b: faster than memory delivers, prefetches stall the loads.
-template <class T, int P, int NV, bool AHEAD>
+// AHEAD, lines per step: meanwhile len * step values from `ahead` on are brought into the
+// second-level cache. Spread over all tiles that share b: faster than memory delivers, prefetches
+// stall the loads.
+template <class T, int P, int NV, int AHEAD>
 void tile(const T* __restrict a, i64 stride, i64 runs, i64 run_stride, i64 len,
           const T* __restrict b, T* __restrict out, i64 out_stride, T scale, bool add,
           const T* ahead, i64 step) {
@@ -54,11 +55,9 @@ void tile(const T* __restrict a, i64 stride, i64 runs, i64 run_stride, i64 len,
       asm("" : "+r"(base[q]));
     }
     for (i64 k = 0; k < len; ++k, b += NV * V) {
-      if constexpr (AHEAD) {
-        __builtin_prefetch(ahead, 0, 2);
-        __builtin_prefetch(ahead + step / 2, 0, 2);
-        ahead += step;
-      }
+      if constexpr (AHEAD > 0) __builtin_prefetch(ahead, 0, 2);
+      if constexpr (AHEAD > 1) __builtin_prefetch(ahead + step / 2, 0, 2);
+      ahead += step;
       typename Vec<T>::type bv[NV];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) bv[j] = load(b + j * V);

@@ -38,12 +38,20 @@ struct TileCall {
   i64 step = 0;
   template <int P, int NV>
   void call() const {
-    if (ahead)
-      tile<T, P, NV, true>(a, stride, runs, run_stride, len, b, out, out_stride, scale, add, ahead,
-                           step);
+    if (!ahead)
+      run<P, NV, 0>();
+    else if (step <= LINE)
+      run<P, NV, 1>();
     else
-      tile<T, P, NV, false>(a, stride, runs, run_stride, len, b, out, out_stride, scale, add,
-                            nullptr, 0);
+      run<P, NV, 2>();
+  }
+
+ private:
+  static constexpr i64 LINE = 64 / sizeof(T);
+  template <int P, int NV, int AHEAD>
+  void run() const {
+    tile<T, P, NV, AHEAD>(a, stride, runs, run_stride, len, b, out, out_stride, scale, add, ahead,
+                          AHEAD ? step : 0);
   }
 };
 
