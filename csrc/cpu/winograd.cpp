@@ -3,6 +3,8 @@
 // made here changes a bit of it.
 #include "winograd.h"
 
+#include <atomic>
+
 #include "launch.h"
 
 namespace fastphi {
@@ -70,18 +72,21 @@ class Launch {
     winograd_kernels().input(job_, first, last, v, pitch, depth_, scratch(BORDER, 2 * depth_ + 32));
   }
 
-  // Each thread its own blocks from input to output.
+  // Each thread block after block from input to output, the next that nobody has: a thread that the
+  // machine holds up does not hold up the others.
   void apart(const Blocks& blocks) const {
-    parallel(blocks.count, i64{1} << 20, [&](i64 begin, i64 end) {
-      for (i64 block = begin; block < end; ++block) {
-        const i64 first = blocks.first(block), last = blocks.first(block + 1);
-        const i64 count = tiles(first, last);
-        float* v = scratch(POINTS, points_size(count));
-        float* m = scratch(PRODUCTS, products_size(count));
-        input(first, last, v, pitch(count));
-        output(first, last, 0, job_.panels, count, v, m);
-      }
-    });
+    std::atomic<i64> next = 0;
+    parallel(std::min<i64>(blocks.count, torch::stable::get_num_threads()), i64{1} << 20,
+             [&](i64, i64) {
+               for (i64 block; (block = next++) < blocks.count;) {
+                 const i64 first = blocks.first(block), last = blocks.first(block + 1);
+                 const i64 count = tiles(first, last);
+                 float* v = scratch(POINTS, points_size(count));
+                 float* m = scratch(PRODUCTS, products_size(count));
+                 input(first, last, v, pitch(count));
+                 output(first, last, 0, job_.panels, count, v, m);
+               }
+             });
   }
 
   // Few tiles and many weights: the threads share the transformed input and each streams the
