@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastphi import gpu_match, gpu_ops, gpu_plan, ops
+from fastphi import gpu_layer, gpu_match, gpu_plan, ops
 from fastphi.gpu_match import MatchPlan
-from fastphi.gpu_plan import Packed, Plan, widths
+from fastphi.gpu_pack import Packed
+from fastphi.gpu_plan import Plan, widths
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet, UNetConfig
@@ -230,7 +231,7 @@ class GPURunner:
     def _plan(
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, until: str | None
     ) -> Plan:
-        precision = gpu_ops.products(packed.dtype)
+        precision = gpu_layer.products(packed.dtype)
         return self._kept(
             (shape, packed.dtype, device, until, precision),
             lambda: Plan(self.model.config, packed, shape, device, until, precision),
@@ -239,7 +240,7 @@ class GPURunner:
     def _match_plan(
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, max_iter: int
     ) -> MatchPlan:
-        precision = gpu_ops.products(packed.dtype)
+        precision = gpu_layer.products(packed.dtype)
         shape, rows = (gpu_match.capacity(shape[0]), *shape[1:]), gpu_match.rows_for(max_iter)
         plan = self._kept(
             (shape, packed.dtype, device, "match", rows, precision),

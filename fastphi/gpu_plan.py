@@ -1,5 +1,5 @@
-"""What the GPU engine prepares (fastphi/gpu.py): a model's weights as the kernels read them, and for
-each batch size the launches of the network, their memory and the graph that replays them.
+"""What the GPU engine prepares (fastphi/gpu.py) for each batch size: the launches of the network, their
+memory and the graph that replays them.
 """
 
 from __future__ import annotations
@@ -7,95 +7,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastphi import gpu_library, ops
+from fastphi.gpu_pack import Packed
 
 if TYPE_CHECKING:
-    from fastphi.unet import UNet, UNetConfig
+    from fastphi.unet import UNetConfig
 
 
 _capturing = threading.Lock()  # torch captures with state of the whole process: one at a time
-
-
-class Weights(NamedTuple):
-    """Of one layer: packed weight, in the engine's dtype; bias and gamma (C,) float32, or None; and
-    cuDNN's form of the weight, where it may be asked (gpu_library.py)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    gamma: Tensor | None
-    library: tuple[Tensor, ...] = ()
-
-
-class Packed:
-    """A model's weights as the kernels read them: {"enc1.0": ..., "up3": ..., "dec3.0": ...}."""
-
-    def __init__(self, model: UNet, dtype: torch.dtype, stamp: tuple) -> None:
-        self.dtype, self.stamp = dtype, stamp
-        self.layers = {
-            name: Weights(
-                _pack(name, module.weight, dtype),
-                *_vectors(module),
-                _for_library(name, module, dtype),
-            )
-            for name, module in model.named_modules()
-            if getattr(module, "weight", None) is not None
-        }
-
-    @staticmethod
-    def key(model: UNet) -> tuple:
-        return tuple(
-            (p.data_ptr(), 0 if p.is_inference() else p._version, p.device, p.dtype)
-            for p in model.parameters()
-        )
-
-    def fits(self, other: Packed) -> bool:
-        """Whether the other's values can be written over these."""
-        return [(t.shape, t.device) for t in self._tensors()] == [
-            (t.shape, t.device) for t in other._tensors()
-        ]
-
-    def overwrite(self, other: Packed) -> None:
-        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            mine.copy_(theirs)
-        self.stamp = other.stamp
-
-    def _tensors(self) -> list[Tensor]:
-        found = (t for w in self.layers.values() for t in (*w[:3], *w.library))
-        return [t for t in found if t is not None]
-
-
-def _pack(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    from fastphi.triton_kernels import first_layer, fused_layer, upsample
-
-    if name == "enc1.0":
-        return first_layer.pack_first_weight(weight, dtype)
-    if name.startswith("up"):
-        return upsample.pack_upsample_weight(weight, dtype)
-    split = weight.shape[1] // 2 if _sources(name) == 2 else None
-    return fused_layer.pack_weight(weight, split, dtype)
-
-
-def _sources(name: str) -> int:
-    """2 for a decoder block's first layer, which reads the up-sampled channels, then the skip's."""
-    return 2 if name.startswith("dec") and name.endswith(".0") else 1
-
-
-def _for_library(name: str, module: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    wanted = dtype == torch.bfloat16 and getattr(module, "gamma", None) is not None
-    if not wanted or not gpu_library.table()["rows"]:
-        return ()
-    return gpu_library.split(module.weight, _sources(name), dtype)
-
-
-def _vectors(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    found = (module.bias, getattr(module, "gamma", None))
-    bias, gamma = (v if v is None else v.detach().to(torch.float32, copy=True) for v in found)
-    return bias, gamma
 
 
 def not_captured(what: str) -> None:

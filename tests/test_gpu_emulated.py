@@ -22,7 +22,7 @@ if ops.missing() is not None:
 import emulated  # noqa: E402
 import gpu_case  # noqa: E402
 
-from fastphi import gpu, gpu_ops  # noqa: E402
+from fastphi import gpu, gpu_ends, gpu_layer  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -106,13 +106,13 @@ def backward_cases():
     weight, gamma, image = torch.randn(24, c, 3, 3), torch.ones(24), torch.randn(n, h, w, 3)
     z = torch.randn(n, h, w, 24)
     rest = (z, two, torch.zeros(2), two)
-    yield gpu_ops.layer_bwd, (z, two, r, two, None, None, weight, gamma, *rest)
+    yield gpu_layer.layer_bwd, (z, two, r, two, None, None, weight, gamma, *rest)
     both = torch.cat([weight, weight], 1)
-    yield gpu_ops.layer_bwd, (z, two, r, two, r, 2 * two, both, gamma, *rest)
-    yield gpu_ops.first_layer_bwd, (r, image, torch.randn(c, 3, 3, 3), r.relu(), True)
-    yield gpu_ops.first_layer_bwd, (r, image, torch.randn(c, 3, 3, 3), r.relu(), False)
-    yield gpu_ops.last_layer_bwd, (torch.randn(n, 3, h, w), r, two, torch.randn(3, c, 3, 3))
-    yield gpu_ops.upsample_bwd, (torch.randn(n, 2 * h, 2 * w, 8), r, torch.randn(c, 8, 2, 2))
+    yield gpu_layer.layer_bwd, (z, two, r, two, r, 2 * two, both, gamma, *rest)
+    yield gpu_ends.first_layer_bwd, (r, image, torch.randn(c, 3, 3, 3), r.relu(), True)
+    yield gpu_ends.first_layer_bwd, (r, image, torch.randn(c, 3, 3, 3), r.relu(), False)
+    yield gpu_ends.last_layer_bwd, (torch.randn(n, 3, h, w), r, two, torch.randn(3, c, 3, 3))
+    yield gpu_ends.upsample_bwd, (torch.randn(n, 2 * h, 2 * w, 8), r, torch.randn(c, 8, 2, 2))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own

@@ -18,7 +18,7 @@ need_kernels()
 if (reason := ops.missing() if INTERPRETED else gpu.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from fastphi import gpu_ops  # noqa: E402
+from fastphi import gpu_ends, gpu_layer, gpu_ops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -162,10 +162,10 @@ def op_cases():
     weight = torch.full((16, 16, 3, 3), 0.1, device=DEVICE, requires_grad=True)
     bias = torch.zeros(16, device=DEVICE, requires_grad=True)
     image = z[..., :3].contiguous()
-    yield gpu_ops.layer_fwd, (r, s, None, None, weight, bias, bias + 1, 1e-5)
-    yield gpu_ops.first_layer_fwd, (image, weight[:, :3].detach(), bias, torch.float32)
-    yield gpu_ops.last_layer_fwd, (r, s, weight[:3].detach(), bias[:3].detach())
-    yield gpu_ops.upsample_fwd, (r, weight[:, :, :2, :2].detach())
+    yield gpu_layer.layer_fwd, (r, s, None, None, weight, bias, bias + 1, 1e-5)
+    yield gpu_ends.first_layer_fwd, (image, weight[:, :3].detach(), bias, torch.float32)
+    yield gpu_ends.last_layer_fwd, (r, s, weight[:3].detach(), bias[:3].detach())
+    yield gpu_ends.upsample_fwd, (r, weight[:, :, :2, :2].detach())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own

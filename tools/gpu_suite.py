@@ -42,6 +42,7 @@ READY = "from fastphi import gpu; import sys; sys.exit(gpu.missing())"
 GPU = "import torch; print(torch.cuda.is_available())"
 MACHINE = "import json, support; print(json.dumps(support.machine()))"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+OPERATORS = ("test_gpu_ops.py", "test_gpu_images.py", "test_gpu_ops_arguments.py")
 # Under a sanitizer: nothing that captures (no cached memory there) or traces.
 SANITIZED = "not graph and not opcheck and not errors and not named"
 
@@ -140,7 +141,7 @@ def sanitizer(path: Path, limit: float) -> str:
         wrong, _ = run(
             [program, "--tool", tool, *fails, sys.executable, "-m", "pytest", "-q", "-m", "gpu",
              "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default",
-             "-k", SANITIZED, str(ROOT / "tests/test_gpu_ops.py")],
+             "-k", SANITIZED, *(str(ROOT / "tests" / file) for file in OPERATORS)],
             limit / len(SANITIZERS),
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
@@ -170,7 +171,7 @@ def benchmarks(file: str, *options: str) -> Part:
 NETWORK = "bench_gpu_network.py"
 PARTS: dict[str, Part] = {
     "build": build,
-    "kernels": tests("test_gpu_ops.py", "test_triton_*.py"),
+    "kernels": tests(*OPERATORS, "test_triton_*.py"),
     "engine": tests(
         "test_gpu_runner.py",
         "test_gpu_precision.py",
