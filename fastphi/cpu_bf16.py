@@ -1,7 +1,7 @@
 """Weights in bfloat16, in the order in which the CPU kernels read them (csrc/cpu/bf16.h).
 
-The first layer's stay float32 and the last one's are kept in two parts: there nothing averages the
-rounding out (φ of a smooth image would be off by 4 %).
+The first and the last layer's are kept in two parts, rounded and what was lost: there nothing averages
+the rounding out (φ of a smooth image would be off by 4 %).
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ def conv(weight: Tensor, own: int) -> Tensor:
 
 
 def first(weight: Tensor) -> Tensor:
-    """(cout, C, 3, 3) -> 1-D of (panel, tap, channel, 32), float32."""
+    """(cout, C, 3, 3) -> 1-D, bfloat16: for the image rounded, for its rest, and for the image again what
+    was lost; each in one block of 32 (kernel row, column, channel), or in one for each kernel row."""
     cout, c = weight.shape[:2]
-    rows = weight.detach().float().permute(2, 3, 1, 0).reshape(9 * c, cout)
-    return padded(rows).view(9 * c, -1, BLOCK).transpose(0, 1).flatten()
+    blocks = 1 if 9 * c <= BLOCK else 3
+    rows = weight.detach().float().permute(0, 2, 3, 1).reshape(cout, blocks, -1)
+    rows = padded(rows).transpose(1, 2)  # (cout, 32, blocks)
+    high = rows.bfloat16()
+    return _tiles(torch.cat([high, high, (rows - high.float()).bfloat16()], dim=2)).flatten()
 
 
 def last(weight: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ FORMS = ("amx", "avx512_bf16")
 here = pytest.mark.skipif(not BUILD["bf16"], reason="no bfloat16 in the instruction set in use")
 # Activations and weights are rounded to 8 bits (2^-9 of a value on average, signs at random), sums are
 # float32: a dozen layers leave a few 1e-3 of a mean over space and under 1e-2 of an image.
-MEANS, IMAGE, COSINE = 2e-2, 2e-2, 0.9995
+MEANS, IMAGE, GRADIENT, COSINE = 2e-2, 2e-2, 2e-2, 0.9995
 
 # channels, other options, (N, H, W): panels not full, one block and several, one copy and three, units
 # that end within a row, a bias in the up-sampling, grey images, more layers
@@ -38,6 +38,7 @@ CASES = [
     ((24, 48, 96), {"residual": True, "dec_layers": (3, 2)}, (2, 12, 8)),
     ((64, 128, 256, 512), {"dec_layers": (2, 1, 1)}, (1, 32, 16)),
     ((4, 70), {"enc_layers": (3,), "upsample_bias": True}, (1, 2, 2)),
+    ((40, 8), {"image_channels": 5}, (2, 10, 6)),
 ]
 
 
@@ -105,20 +106,20 @@ def plain_gradient(model: UNet, x: Tensor, target: Tensor) -> Tensor:
     return torch.autograd.grad(((mean - target) ** 2).mean(dim=1).sum(), leaf)[0]
 
 
-def check_gradient(channels, options, shape) -> None:
-    """A rounded z near 0 falls the other way through the ReLU: no bound of its own, so that of PyTorch
-    in bfloat16 on the same network, image by image."""
+def gradient_errors(channels, options, shape) -> list[float]:
+    """Of each image, where few z lie near 0: a rounded one may fall the other way through its ReLU, and
+    then neither this gradient nor PyTorch's in bfloat16 has a bound."""
     model = network(channels, **options)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.copy_(8 * parameter.sign())
     n, h, w = shape
     x = images(n, model.config.image_channels, h, w)
     g = torch.Generator().manual_seed(9)
     target = exact(model).phi(x.double()).float()
     target = target * (1 + 0.5 * torch.randn(target.shape, generator=g))
     want = plain_gradient(exact(model), x.double(), target.double())
-    with low(x):
-        plain = plain_gradient(model, x, target)
-    for i, found in enumerate(gradient(model, x, target)):
-        assert far(found, want[i]) < 1.25 * far(plain[i], want[i]) + 5e-3
+    return [far(*both) for both in zip(gradient(model, x, target), want, strict=True)]
 
 
 def check_batch_and_threads() -> None:
@@ -161,7 +162,8 @@ def main() -> None:
     """Everything, in the form that FASTPHI_ISA names."""
     for case in CASES:
         check_network(*case)
-        check_gradient(*case)
+    errors = sorted(error for case in CASES for error in gradient_errors(*case))
+    assert errors[len(errors) // 2] < GRADIENT and errors[-1] < 8 * GRADIENT, errors
     check_batch_and_threads()
     check_nan()
     print(torch.ops.fastphi.build_info())
@@ -319,8 +321,10 @@ def test_packing():
         tiles[0, 0, :, 0, 0, :5].float().sum() == 5 * 2 * 9
         and (tiles[0, 1, :, 0, 0, :5, 0] == 1).all()
     )
-    rows = cpu_bf16.first(weight).view(1, 9, 3, 32)
-    assert torch.equal(rows[0, :, :, :5].permute(2, 1, 0), weight.flatten(2))
+    rows = cpu_bf16.first(weight).view(1, 1, 3, 2, 16, 16, 2)[0, 0, :, 0].float()
+    assert torch.equal(rows[0], rows[1])  # of the image and of its rest
+    found = (rows[0] + rows[2]).transpose(0, 1).reshape(16, 32)[:5, :27].view(5, 3, 3, 3)
+    assert torch.equal(found.permute(0, 3, 1, 2), weight)
     parts = cpu_bf16.last(weight).view(1, 9, 16, 16, 2).float()
     found = (parts[..., :5, :] + parts[..., 5:10, :])[0].permute(2, 1, 3, 0).reshape(5, 32, 9)
     assert torch.equal(found[:, :3], weight.flatten(2))

@@ -1,6 +1,8 @@
 // The bfloat16 engine: how activations lie in memory, and what its kernels are asked to do. Sums,
-// statistics, scalars, the first layer and images are float32; activations and the other weights
-// bfloat16. Included by files compiled for other processors: nothing here may emit code.
+// statistics, scalars and images are float32; activations and weights bfloat16, in two parts,
+// rounded and what rounding took, where nothing averages that out: image and weights of the first
+// layer, and weights of the last. Included by files compiled for other processors: nothing here may
+// emit code.
 //
 // Channels come in blocks of 32 (zeros beyond the last), so that 16 pixels of a block are one tile
 // of AMX, rows of 64 bytes one after the other, and any 3x3 tap of them is the same tile elsewhere:
@@ -62,16 +64,17 @@ struct Bf16Layer {
   int sources;
   Bf16Source source[2];
   const bf16* packed;  // (panels, blocks of all sources, 9) of BF16_PAIRED
-  const float* image;  // instead of sources, in the first layer: (N, H + 2, W + 2, C), zeros round,
-                       // and 32 numbers beyond that may be read
-  i64 image_channels;
-  const float* first;  // its weights (panels, 9 * C, 32)
-  const float* bias;   // (panels * 32)
-  const float* gamma;  // (panels * 32) or null: no norm
-  bf16* r_out;         // or null: nobody reads it
-  bf16* z;             // (N, blocks, plane.block, 32), the pixels alone, or null
-  float* stats;        // (N, panels, units, 3): count, mean, sum of squared deviations; or null
-  float* sums;         // (N, units, panels * 32): sum of r_out; or null
+  // Instead of sources, in the first layer: (2, N, H + 2, W + 2, C), zeros round each image,
+  // rounded and what rounding took. packed is then (panels, 3 * bf16_first_blocks(C)) of
+  // BF16_PAIRED.
+  const bf16* image;
+  i64 image_channels, n_images;  // n_images: from one part of the images to the other
+  const float* bias;             // (panels * 32)
+  const float* gamma;            // (panels * 32) or null: no norm
+  bf16* r_out;                   // or null: nobody reads it
+  bf16* z;                       // (N, blocks, plane.block, 32), the pixels alone, or null
+  float* stats;  // (N, panels, units, 3): count, mean, sum of squared deviations; or null
+  float* sums;   // (N, units, panels * 32): sum of r_out; or null
 };
 
 // How a gradient goes back through a layer: dz = m gamma d + coefficient (z - mean), m = 1[gamma z
@@ -113,6 +116,10 @@ struct Bf16Image {
 };
 
 constexpr i64 BF16_IMAGE_CHANNELS = 8;  // at most
+
+// Blocks of 32 that hold a pixel's 3x3 neighbourhood in the first layer: a kernel's rows in one, or
+// one each.
+static inline i64 bf16_first_blocks(i64 channels) { return 9 * channels <= BF16_BLOCK ? 1 : 3; }
 
 // Transposed 2x2: out[2y + i][2x + j] = W[i][j] r[y][x]; with a bias times s, plus the bias. Units
 // are (image, panel, tap, unit of the small plane).

@@ -38,8 +38,9 @@ void launch_bf16_dgrad(Bf16Dgrad job, float* d_s);
 void launch_bf16_image(const Bf16Image& job);
 void launch_bf16_upsample(Bf16Upsample job);
 
-// (N, C, H, W), or (N, H, W, C) with `pixels`, -> (N, H + 2, W + 2, C), zeros round each
-void launch_bf16_border_image(i64 n, i64 c, i64 h, i64 w, const float* x, bool pixels, float* out);
+// (N, C, H, W), or (N, H, W, C) with `pixels`, -> (2, N, H + 2, W + 2, C), zeros round each:
+// rounded, and what rounding took
+void launch_bf16_border_image(i64 n, i64 c, i64 h, i64 w, const float* x, bool pixels, bf16* out);
 void launch_bf16_pool(i64 n, const Bf16Hidden& x, const Bf16Hidden& out);
 
 }  // namespace fastphi

@@ -1,4 +1,4 @@
-// The layer: epilogues beside products, and the first layer, in float32. Included by bf16_body.h.
+// The layer: epilogues beside products, and the first layer. Included by bf16_body.h.
 
 // Sum and sum of squares of a unit's z, per lane, of differences to the first value: nothing
 // cancels, as it would with z itself.
@@ -167,55 +167,56 @@ class LayerEpilogue {
   Moments moments_;
 };
 
-// The first layer in float32. products (32, 32) of a unit: patch (positions, 9 * C) times weights
-// (9 * C, 32).
-template <int P>
-void first_rows(const float* patch, i64 k, const float* weights, float* out) {
-  __m512 sums[P][2] = {};
-  for (i64 i = 0; i < k; ++i) {
-    const __m512 w0 = _mm512_loadu_ps(weights + i * 32),
-                 w1 = _mm512_loadu_ps(weights + i * 32 + 16);
-#pragma GCC unroll 12
-    for (int p = 0; p < P; ++p) {
-      const __m512 x = _mm512_set1_ps(patch[p * k + i]);
-      sums[p][0] = _mm512_fmadd_ps(x, w0, sums[p][0]);
-      sums[p][1] = _mm512_fmadd_ps(x, w1, sums[p][1]);
+// A unit's 3x3 neighbourhoods, (block, 32 positions, 32), of one part of the images; ROWS of the
+// kernel in a block.
+template <int ROWS>
+void first_patches(const Bf16Layer& job, const bf16* image, i64 unit, bf16* to) {
+  const i64 c = job.image_channels, row = (job.plane.w + 2) * c, h = job.plane.h, w = job.plane.w;
+  const __mmask32 own = ~__mmask32{0} >> (32 - 3 * c);
+  for (i64 block = 0; block < 3 / ROWS; ++block) {
+    Pixel at(job.plane, unit * BF16_UNIT);
+    for (i64 p = 0; p < BF16_UNIT; ++p, ++at, to += BF16_BLOCK) {
+      const bf16* from = image + (min_of(at.y, h - 1) + block) * row + min_of(at.x, w - 1) * c;
+      // whole vectors, zeros beyond: what is too much is overwritten by the next
+#pragma GCC unroll 3
+      for (i64 t = 0; t < ROWS; ++t)
+        _mm512_storeu_si512(to + t * 3 * c, _mm512_maskz_loadu_epi16(own, from + t * row));
     }
-  }
-#pragma GCC unroll 12
-  for (int p = 0; p < P; ++p) {
-    _mm512_store_ps(out + p * 32, sums[p][0]);
-    _mm512_store_ps(out + p * 32 + 16, sums[p][1]);
   }
 }
 
+// As of 16 bits: rounded by rounded, then either's rest by the other rounded.
 void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
-  alignas(64) float products[PRODUCTS];
-  float patch[BF16_UNIT * 9 * BF16_IMAGE_CHANNELS + 16];
-  LayerEpilogue<false> epilogue(job);
-  const i64 units = bf16_units(job.plane), c = job.image_channels, row = (job.plane.w + 2) * c;
+  constexpr i64 PATCH = 3 * BF16_UNIT * BF16_BLOCK;
+  alignas(64) float products[2][PRODUCTS + ASIDE];
+  alignas(64) bf16 patches[2][2 * PATCH + BF16_BLOCK] = {};
+  Tiles tiles;
+  const i64 units = bf16_units(job.plane), blocks = bf16_first_blocks(job.image_channels);
+  const i64 image = (job.plane.h + 2) * (job.plane.w + 2) * job.image_channels;
+  i64 parts[9];
+  for (i64 t = 0; t < 3 * blocks; ++t)
+    parts[t] = (t % blocks) * BF16_UNIT * BF16_BLOCK + (t / blocks == 1 ? PATCH : 0);
+  Later<LayerEpilogue<false>> later(job);
+  int turn = 0;
   for (i64 i = begin; i < end; ++i) {
     const i64 n = i / units, unit = i % units;
-    const float* image = job.image + n * (job.plane.h + 2) * row;
-    float* to = patch;
-    for (i64 p = 0; p < BF16_UNIT; ++p) {
-      const i64 m = min_of(unit * BF16_UNIT + p, job.plane.positions - 1);
-      const i64 y = m / job.plane.pitch, x = min_of(m % job.plane.pitch, job.plane.w - 1);
-      // whole vectors: what is too much is overwritten by the next
-      for (i64 t = 0; t < 3; ++t, to += 3 * c)
-        for (i64 k = 0; k < 3 * c; k += 16)
-          _mm512_storeu_ps(to + k, _mm512_loadu_ps(image + (y + t) * row + x * c + k));
-    }
-    for (i64 panel = p0; panel < p1; ++panel) {
-      const float* weights = job.first + panel * 9 * c * 32;
-      first_rows<11>(patch, 9 * c, weights, products);
-      first_rows<11>(patch + 11 * 9 * c, 9 * c, weights, products + 11 * 32);
-      first_rows<10>(patch + 22 * 9 * c, 9 * c, weights, products + 22 * 32);
-      epilogue.begin({n, panel, unit, products, {1}});
-      epilogue.rows(BF16_UNIT);
-      epilogue.finish();
+    bf16* patch = patches[i % 2];
+    for (i64 part = 0; part < 2; ++part)
+      (blocks == 1 ? first_patches<3>
+                   : first_patches<1>)(job, job.image + (part * job.n_images + n) * image, unit,
+                                       patch + part * PATCH);
+    for (i64 panel = p0; panel < p1; ++panel, turn ^= 1) {
+      const Operand operand{patch, products[turn]};
+      later.expect(3 * blocks);
+      tiles.multiply(&operand, 1, parts, 3 * blocks, 1, 0,
+                     job.packed + panel * 3 * blocks * BF16_PAIRED, later);
+      later.flush();
+      const LayerEpilogue<false>::Unit done{n, panel, unit, products[turn], {1, 0}};
+      later.add(&done, 1);
     }
   }
+  tiles.store();
+  later.flush();
 }
 
 template <bool TWO>

@@ -22,8 +22,8 @@ struct LayerState {
 // Memory of an iteration, kept from call to call: fresh pages would cost as much as a layer each.
 struct Space {
   std::vector<LayerState> layers;
-  Buffer<bf16> d_r, d_r_next, dz;
-  Buffer<float> image, bordered, ones, d_image, d_s, coefficient, mean, zeros;
+  Buffer<bf16> d_r, d_r_next, dz, bordered;
+  Buffer<float> image, ones, d_image, d_s, coefficient, mean, zeros;
 
   void reserve(const Plan& plan, i64 n, i64 h, i64 w) {
     size_t k = 0;
@@ -46,7 +46,7 @@ struct Space {
       }
     }
     const i64 c = plan.image_channels;
-    image.reserve(n * c * h * w), bordered.reserve(n * c * (h + 2) * (w + 2) + 32);
+    image.reserve(n * c * h * w), bordered.reserve(2 * n * c * (h + 2) * (w + 2));
     ones.reserve(n), std::fill_n(ones.get(), n, 1.0f);
     zeros.reserve(c), std::fill_n(zeros.get(), c, 0.0f);
     d_r.reserve(largest), d_r_next.reserve(largest), dz.reserve(largest);
@@ -84,12 +84,12 @@ class Encoder {
       const bool last = k + 1 == space_.layers.size();
       Bf16Layer job{};
       job.n = n, job.cout = l.cout, job.plane = l.plane;
-      job.bias = weights_[k].bias, job.gamma = weights_[k].gamma;
+      job.packed = weights_[k].packed, job.bias = weights_[k].bias, job.gamma = weights_[k].gamma;
       if (below) {
-        job.sources = 1, job.packed = weights_[k].packed;
+        job.sources = 1;
         job.source[0] = {below->output(), below->s, bf16_blocks(l.cin)};
       } else {
-        job.image = space_.bordered, job.image_channels = l.cin, job.first = weights_[k].first;
+        job.image = space_.bordered, job.image_channels = l.cin, job.n_images = n;
       }
       job.z = l.z, job.r_out = last ? nullptr : l.r.get();
       launch_bf16_layer(job, eps_, l.s, last ? space_.mean.get() : nullptr, {l.mean, l.std});

@@ -9,7 +9,6 @@ namespace fastphi {
 
 struct Bf16Weights {
   const bf16* packed;
-  const float* first;  // the first layer's instead
   const float *bias, *gamma;
 };
 
@@ -34,27 +33,24 @@ inline std::vector<Bf16Weights> bf16_weights(const Tensor& x, const Plan& plan,
                   BF16_IMAGE_CHANNELS, " channels, got ", plan.image_channels);
   STD_TORCH_CHECK(bf16_kernels(), "unet_fwd_bf16: no bfloat16 kernels serve this processor");
   std::vector<Bf16Weights> all;
-  auto take = [&](i64 size, i64 outputs, bool first = false, bool up = false) {
+  auto take = [&](i64 size, i64 outputs, bool up = false) {
     const size_t i = 3 * all.size();
     const std::string at = "[" + std::to_string(i) + " + ";
     const i64 padded = bf16_blocks(outputs) * BF16_BLOCK;
-    const void* weights = bf16_parameter(
-        packed[i], first ? ScalarType::Float : ScalarType::BFloat16, size, false, at + "0]");
+    const void* weights = bf16_parameter(packed[i], ScalarType::BFloat16, size, false, at + "0]");
     auto vector = [&](int k, bool may_lack) {
       return static_cast<const float*>(bf16_parameter(packed[i + k], ScalarType::Float, padded,
                                                       may_lack, at + std::to_string(k) + "]"));
     };
-    all.push_back({first ? nullptr : static_cast<const bf16*>(weights),
-                   first ? static_cast<const float*>(weights) : nullptr, vector(1, up),
-                   vector(2, true)});
+    all.push_back({static_cast<const bf16*>(weights), vector(1, up), vector(2, true)});
   };
   auto layers = [&](i64 count, i64 cin_blocks, i64 c) {
     for (i64 k = 0; k < count; ++k, cin_blocks = bf16_blocks(c))
       take(bf16_blocks(c) * cin_blocks * 9 * BF16_PAIRED, c);
   };
   const i64 depth = plan.blocks();
-  take(9 * plan.image_channels * bf16_blocks(plan.channels[0]) * BF16_BLOCK, plan.channels[0],
-       true);
+  take(bf16_blocks(plan.channels[0]) * 3 * bf16_first_blocks(plan.image_channels) * BF16_PAIRED,
+       plan.channels[0]);
   layers(plan.enc_layers[0] - 1, bf16_blocks(plan.channels[0]), plan.channels[0]);
   for (i64 b = 1; b <= depth; ++b)
     layers(b < depth ? plan.enc_layers[b] : plan.mid_layers, bf16_blocks(plan.channels[b - 1]),
@@ -62,7 +58,7 @@ inline std::vector<Bf16Weights> bf16_weights(const Tensor& x, const Plan& plan,
   if (plan.dec_layers.empty()) return all;
   for (i64 b = depth - 1; b >= 0; --b) {
     const i64 c = plan.channels[b], blocks = bf16_blocks(c);
-    take(4 * blocks * bf16_blocks(plan.channels[b + 1]) * BF16_PAIRED, c, false, true);
+    take(4 * blocks * bf16_blocks(plan.channels[b + 1]) * BF16_PAIRED, c, true);
     layers(plan.dec_layers[b] - (b == 0), 2 * blocks, c);
     if (b == 0) take(blocks * 9 * BF16_PAIRED / 2, plan.image_channels);
   }

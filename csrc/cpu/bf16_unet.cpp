@@ -10,8 +10,8 @@ namespace {
 
 // Memory of a pass, kept from call to call: fresh pages would cost as much as a layer.
 struct Workspace {
-  Buffer<float> image, means;
-  Buffer<bf16> work[2];
+  Buffer<float> means;
+  Buffer<bf16> image, work[2];
   Buffer<float> work_s[2];
   // of each level: the encoder's output, its pool or the middle block's or decoder's output
   std::vector<Buffer<bf16>> skip, level;
@@ -39,7 +39,7 @@ class Forward {
   // x (N, C, H, W). means (N, stride) for the first `blocks` blocks; or out (N, C, H, W)
   void run(const float* x, i64 blocks, float* means, i64 stride, float* out) {
     const i64 c = plan_.image_channels;
-    space_.image.reserve(n_ * c * (h_ + 2) * (w_ + 2) + 32);
+    space_.image.reserve(2 * n_ * c * (h_ + 2) * (w_ + 2));
     launch_bf16_border_image(n_, c, h_, w_, x, false, space_.image);
     means_ = blocks ? means : nullptr, stride_ = stride, left_ = blocks;
     for (i64 b = 0; b <= plan_.blocks(); ++b)
@@ -163,15 +163,14 @@ class Forward {
     job.n = n, job.cout = to.c, job.plane = to.plane;
     job.bias = weights.bias, job.gamma = weights.gamma;
     job.r_out = options.only ? nullptr : to.r;
+    job.packed = weights.packed;
     if (x.r) {
-      job.packed = weights.packed;
       job.sources = options.skip ? 2 : 1;
       job.source[0] = {x.r, x.s, x.blocks()};
       if (options.skip) job.source[1] = {options.skip->r, options.skip->s, options.skip->blocks()};
     } else {
-      job.image_channels = plan_.image_channels;
+      job.image_channels = plan_.image_channels, job.n_images = n_;
       job.image = space_.image + image * job.image_channels * (h_ + 2) * (w_ + 2);
-      job.first = weights.first;
     }
     launch_bf16_layer(job, eps_, to.s, options.means);
   }
