@@ -1,4 +1,5 @@
-# make demo   set up, train a small denoiser on real photographs, report in out/demo/report.html
+# make demo   set up, then new images from φ of photographs, with the denoiser that ships; report in
+#             out/demo/report.html, in two minutes; TRAIN=4500 first trains a small one on them, so many steps
 # make test   set up, run every test
 # make check  set up, linters and types (what CI runs beside the tests)
 # make bench  the CPU engine beside its peers (PyTorch, OpenVINO, ONNX Runtime, ncnn), tables and JSON in
@@ -17,6 +18,7 @@ TORCH  ?= torch==2.13.0
 TRITON ?= 'triton==3.6.0' 'numpy<2.4'
 PYTHON ?= python3
 DATA   ?=
+TRAIN  ?=
 OUT    ?= out/demo
 CACHE  ?= $(HOME)/.cache/fastphi
 
@@ -47,7 +49,7 @@ $(VENV)/built: $(VENV)/packages $(SOURCES)
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m fastphi.demo --out $(OUT) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m fastphi.demo --out $(OUT) $(if $(DATA),--data "$(DATA)") $(if $(TRAIN),--train $(TRAIN))
 
 test: setup
 	$(BIN)/python -m pytest -q

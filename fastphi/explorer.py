@@ -14,7 +14,8 @@ import numpy as np
 from fastphi import files
 from fastphi.analysis.neighbours import nearest
 from fastphi.analysis.selectivity import channel_ratios, exciting, top_channels
-from fastphi.study import Study, clusters_of
+from fastphi.study import Study
+from fastphi.study_stages import clusters_of
 
 MOST = 2000  # images on a page: it stays under 15 MB
 _NEIGHBOURS, _CHANNELS, _EXCITING = 12, 4, 12

@@ -12,7 +12,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,13 @@ import torch
 from torch import Tensor
 
 import fastphi
-from fastphi import checkpoint, data, engine, files, noise, processes, validate
+from fastphi import checkpoint, data, engine, files, processes, validate
+from fastphi.phi_chunk import MAX_DRAWS, Job, Means, average, checked, means_of, plain, read
 from fastphi.phi_store import FORMAT, VERSION, PhiStore, Writer, done_file, phi_file, row_numbers
 from fastphi.unet import UNet
 
 if TYPE_CHECKING:
-    from fastphi.data import Images
+    pass
 
 __all__ = ["AUTHORS_SIGMAS", "PhiStore", "extract"]
 
@@ -37,24 +37,6 @@ _AUTHORS_LEVELS = "0 10 30 50 70 80 90 100 110 120 150 170 190 220 255 300 400 5
 AUTHORS_SIGMAS = tuple(int(level) / 255 for level in _AUTHORS_LEVELS.split())
 
 _MAX_SIGMA = 1e6
-_ROWS = 4096  # noisy images that the GPU engine is given at a time
-_MAX_DRAWS = (1 << 25) - 1  # see _counters
-
-Means = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """All that a chunk of rows needs, in this process or another."""
-
-    model: UNet
-    images: Images
-    indices: np.ndarray  # (N,) the image of each row
-    blocks: tuple[str, ...]
-    draws: int
-    seed: int
-    dtype: torch.dtype  # computed in
-    on_device: bool  # whether images are decoded and noise is made by the GPU engine
 
 
 def extract(
@@ -90,7 +72,7 @@ def extract(
     Raises ValueError or TypeError before any work for bad input, or a store in `out` that is of
     another model, data set or setting; FloatingPointError where φ has NaN or Inf.
     """
-    validate.integer(draws, "draws", low=1, high=_MAX_DRAWS)
+    validate.integer(draws, "draws", low=1, high=MAX_DRAWS)
     validate.seed(seed)
     validate.integer(batch, "batch", low=1)
     job = _job(model, images, indices, blocks, draws, seed, dtype)
@@ -111,7 +93,7 @@ def extract(
 
 
 def _extract_in_memory(
-    job: _Job,
+    job: Job,
     manifest: dict[str, Any],
     levels: tuple[float, ...],
     batch: int,
@@ -132,112 +114,11 @@ def _extract_in_memory(
     return PhiStore.in_memory(manifest, arrays)
 
 
-# --- one chunk of images at one noise level -------------------------------------------------------
-
-
-def _chunk(job: _Job, sigma: float, rows: np.ndarray) -> Means:
-    """E_z[ā] of some rows: {block: (n, C) float32}; draws are summed in order, in float64."""
-    return _checked(_average(job, sigma, *_read(job, rows)), job.indices[rows], sigma)
-
-
-def _read(job: _Job, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The rows' images, as the engine takes them (a GPU decodes them itself), and their numbers.
-
-    For a GPU in pinned memory: a copy from other memory waits for all that the GPU has to do.
-    """
-    numbers = job.indices[rows]
-    x = job.images.stored(numbers) if job.on_device else job.images.batch(numbers)
-    ids = torch.from_numpy(np.ascontiguousarray(numbers))
-    if next(job.model.parameters()).is_cuda:
-        return x.pin_memory(), ids.pin_memory()
-    return x, ids
-
-
-def _average(job: _Job, sigma: float, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    parameter = next(job.model.parameters())
-    draws = job.draws if sigma > 0 else 1
-    drawn = _drawn_on_device if job.on_device else _drawn
-    total: dict[str, Any] = dict.fromkeys(job.blocks, 0)
-    with _plain(parameter.device, job.dtype):
-        x = x.to(parameter.device, non_blocking=True)
-        for means in drawn(job, sigma, ids, x, draws):
-            for block in job.blocks:
-                total[block] = total[block] + means[block].double()
-        return {block: (t / draws).float() for block, t in total.items()}
-
-
-def _drawn(
-    job: _Job, sigma: float, ids: Tensor, x: Tensor, draws: int
-) -> Iterator[dict[str, Tensor]]:
-    """ā of every image, by draw."""
-    x = x.to(next(job.model.parameters()).dtype)
-    for d in range(draws):
-        noisy = x
-        if sigma > 0:
-            stream, draw = _counters(sigma, d)
-            z = noise.normal(
-                job.seed, ids, stream, draw, job.images.shape, device=x.device, dtype=x.dtype
-            )
-            noisy = x + sigma * z
-        yield job.model.block_means(noisy, until=job.blocks[-1])
-
-
-def _drawn_on_device(
-    job: _Job, sigma: float, ids: Tensor, x: Tensor, draws: int
-) -> Iterator[dict[str, Tensor]]:
-    """The same with images decoded and noise made on the device, many draws in a batch."""
-    runner: Any = engine.runner(job.model, next(job.model.parameters()))
-    n, device = len(ids), x.device
-    together = min(draws, max(1, _ROWS // n))
-    rows = torch.arange(n, device=device).repeat(together)
-    sample = ids.to(device, non_blocking=True).repeat(together)
-    for first in range(0, draws, together):
-        count = min(together, draws - first)
-        stream, start = _counters(sigma, first)
-        draw = start + torch.arange(count, device=device).repeat_interleave(n)
-        part = slice(0, count * n)
-        means = runner.noisy_block_means(
-            x, rows[part], sigma, job.seed, sample[part], stream, draw, until=job.blocks[-1]
-        )
-        yield from (
-            {block: means[block][d * n : d * n + n] for block in job.blocks} for d in range(count)
-        )
-
-
-def _checked(average: dict[str, Tensor], ids: np.ndarray, sigma: float) -> Means:
-    found = {block: values.cpu().numpy() for block, values in average.items()}
-    for block, values in found.items():
-        if not np.isfinite(values).all():
-            row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-            raise FloatingPointError(
-                f"NaN or Inf in the means of block {block}: image {ids[row]}, sigma {sigma:g}"
-            )
-    return found
-
-
-@contextlib.contextmanager
-def _plain(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """No gradients, and computing in `dtype`, whatever autocast the caller is in."""
-    low = dtype == torch.bfloat16
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=low):
-        yield
-
-
-def _counters(sigma: float, draw: int) -> tuple[int, int]:
-    """Noise stream and draw of draw d at σ: distinct for distinct σ, whichever others there are.
-
-    The 31 bits of a float32 σ >= 0 are spread over two counters: the low 24 are the index of the
-    stream, the other 7 the top of the 32-bit draw, of which 25 are left for d.
-    """
-    bits = int(np.float32(sigma).view(np.uint32))
-    return noise.stream("extract", bits & 0xFFFFFF), (bits >> 24) << 25 | draw
-
-
 # --- all chunks, here or in several processes -----------------------------------------------------
 
 
 def _run(
-    job: _Job, todo: dict[float, np.ndarray], batch: int, workers: int, progress: bool
+    job: Job, todo: dict[float, np.ndarray], batch: int, workers: int, progress: bool
 ) -> Generator[tuple[float, np.ndarray, Means], None, None]:
     """(σ, rows, means) of every chunk, in the order in which they are done."""
     chunks = [
@@ -251,7 +132,7 @@ def _run(
         if workers == 1:
             done = _here(job, chunks)
         else:
-            done = processes.spread(_chunk, job, chunks, workers)
+            done = processes.spread(means_of, job, chunks, workers)
         for (sigma, rows), means in done:
             yield sigma, rows, means
             bar(len(rows))
@@ -259,23 +140,23 @@ def _run(
         bar(None)
 
 
-def _here(job: _Job, chunks: list[Any]) -> Iterator[tuple[Any, Means]]:
+def _here(job: Job, chunks: list[Any]) -> Iterator[tuple[Any, Means]]:
     """Chunks in this process. A GPU is never waited for: while it computes one chunk the next is read
     and queued, and the one before is written."""
     if not next(job.model.parameters()).is_cuda:
-        yield from ((chunk, _chunk(job, *chunk)) for chunk in chunks)
+        yield from ((chunk, means_of(job, *chunk)) for chunk in chunks)
         return
     queued: deque[tuple[Any, dict[str, Tensor], torch.cuda.Event]] = deque()
 
     def finish() -> tuple[Any, Means]:
         (sigma, rows), average, there = queued.popleft()
         there.synchronize()
-        return (sigma, rows), _checked(average, job.indices[rows], sigma)
+        return (sigma, rows), checked(average, job.indices[rows], sigma)
 
-    reader = processes.prefetched(lambda chunk: _read(job, chunk[1]), chunks)
+    reader = processes.prefetched(lambda chunk: read(job, chunk[1]), chunks)
     with contextlib.closing(reader):
         for chunk, x in zip(chunks, reader, strict=True):
-            found = _average(job, chunk[0], *x)
+            found = average(job, chunk[0], *x)
             stream = torch.cuda.current_stream(next(iter(found.values())).device)
             found = {block: v.to("cpu", non_blocking=True) for block, v in found.items()}
             queued.append((chunk, found, stream.record_event()))
@@ -300,7 +181,7 @@ def _bar(total: int, progress: bool) -> Callable[[int | None], None]:
 
 def _job(
     model: UNet, images: Any, indices: Any, blocks: Any, draws: int, seed: int, dtype: Any
-) -> _Job:
+) -> Job:
     if not isinstance(model, UNet):
         raise TypeError(f"model: expected a fastphi.UNet, got {type(model).__name__}")
     opened = data.open_images(images)
@@ -323,12 +204,12 @@ def _job(
         raise ValueError(f"dtype: expected the model's own ({own}) or torch.bfloat16, got {dtype}")
     names, dtype = tuple(b for b in known if b in wanted), dtype or own
     on_device = _serving(model, dtype) == "cuda"
-    return _Job(model, opened, rows, names, draws, seed, dtype, on_device)
+    return Job(model, opened, rows, names, draws, seed, dtype, on_device)
 
 
 def _serving(model: UNet, dtype: torch.dtype) -> str:
     parameter = next(model.parameters())
-    with _plain(parameter.device, dtype):
+    with plain(parameter.device, dtype):
         return engine.pick(model, parameter).name
 
 
@@ -362,7 +243,7 @@ def _levels(sigmas: Sequence[float] | None, model: UNet) -> tuple[float, ...]:
     return levels
 
 
-def _manifest(job: _Job, levels: tuple[float, ...], indices: np.ndarray | None) -> dict[str, Any]:
+def _manifest(job: Job, levels: tuple[float, ...], indices: np.ndarray | None) -> dict[str, Any]:
     config = job.model.config
     widths = dict(
         zip(config.block_names, (*config.channels, *config.channels[-2:0:-1]), strict=True)

@@ -5,7 +5,7 @@ Every stage's result is stored when it is done, so that an interrupted study goe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,21 +17,9 @@ from torch import Tensor
 import fastphi
 from fastphi import checkpoint, data, files, validate
 from fastphi.analysis import record
-from fastphi.analysis.channels import Channels, channels
-from fastphi.analysis.clusters import Agreement, Clusters, KMeans, agreement, clusters, kmeans
 from fastphi.analysis.common import Result, principal, untrained
-from fastphi.analysis.divergence import Divergence, conditional_divergence
-from fastphi.analysis.embedding import Embedding, embedding
-from fastphi.analysis.likeness import Likeness, likeness
-from fastphi.analysis.location import Decoding, Shifts, decode_objects, shifts
-from fastphi.analysis.memorisation import Memorisation, memorisation
-from fastphi.analysis.neighbours import LabelAgreement, distinct, label_agreement
-from fastphi.analysis.noise_level import NoiseLevel, noise_level
-from fastphi.analysis.probe import Probe, probe
-from fastphi.analysis.selectivity import Selectivity, selectivity
-from fastphi.analysis.sparsity import Sparsity, sparsity
-from fastphi.analysis.stability import Stability, stability
-from fastphi.analysis.subspaces import Subspaces, subspaces
+from fastphi.analysis.neighbours import distinct
+from fastphi.study_stages import KINDS, STAGES
 from fastphi.unet import UNet
 
 
@@ -73,13 +61,6 @@ QUICK = Settings(
     pair_steps=6,
 )
 LEVEL_DRAWS = 20
-KINDS: dict[str, type[Result]] = {
-    kind.__name__: kind
-    for kind in (
-        Agreement, Channels, Clusters, Decoding, Divergence, Embedding, KMeans, LabelAgreement, Likeness,
-        Memorisation, NoiseLevel, Probe, Selectivity, Shifts, Sparsity, Stability, Subspaces,
-    )
-}  # fmt: skip
 
 
 class Study:
@@ -246,125 +227,3 @@ class Study:
 
     def _load(self, name: str) -> Result:
         return record.load(self._file(name), KINDS)
-
-
-# --- stages, in the paper's order; None where one does not apply ----------------------------------
-
-
-def _sparsity(s: Study) -> Result:
-    return sparsity(
-        s.blocks, s.model, sigma=s.settings.sigma, controls={"untrained": s.fresh_blocks}
-    )
-
-
-def _stability(s: Study) -> Result:
-    return stability(s.blocks, s.settings.other, controls={"untrained": s.fresh_blocks})
-
-
-def _selectivity(s: Study) -> Result:
-    others = {"untrained": s.fresh_phi, "pixels' PCA": s.controls["pixels' PCA"]}
-    return selectivity(s.phi, controls=others, seed=s.settings.seed)
-
-
-def _channels(s: Study) -> Result:
-    sigma, few = s.settings.sigma, s.images.batch(s.few)
-    others = {s.settings.other: s.store.array(s.settings.other)}
-    return channels(s.phi, model=s.model, images=few, others=others, sigma=sigma)
-
-
-def _subspaces(s: Study) -> Result:
-    return subspaces(s.phi, min(50, len(s.phi) // 4), seed=s.settings.seed)
-
-
-def _neighbours(s: Study) -> Result | None:
-    return None if s.labels is None else label_agreement(s.phi, s.labels, controls=s.controls)
-
-
-def _count(s: Study) -> int:
-    """Of clusters: so many that each can have twenty members."""
-    return max(min(s.settings.clusters, len(s.phi) // 20), 2)
-
-
-def _clusters(s: Study) -> Result:
-    return clusters(s.phi, _count(s), labels=s.labels, seed=s.settings.seed)
-
-
-def _agreement(s: Study) -> Result:
-    others = {f"σ = {s.settings.other:g}": s.store.array(s.settings.other)}
-    return agreement(s.phi, _count(s), others=others, labels=s.labels, starts=5)
-
-
-def _map(s: Study) -> Result:
-    return embedding(s.phi, labels=clusters_of(s), seed=s.settings.seed)
-
-
-def clusters_of(s: Study) -> np.ndarray:
-    """(N,): each row's cluster."""
-    found: Any = s.results.get("clusters")
-    return (kmeans(s.phi, _count(s)) if found is None else found.clusters).labels
-
-
-def _likeness(s: Study) -> Result:
-    return likeness(s.model, s.targets, s.samples, sigma=s.settings.sigma)
-
-
-def _memorisation(s: Study) -> Result | None:
-    if s.training is None:
-        return None
-    made = s.samples.flatten(0, 1).clamp(0, 1)
-    return memorisation(made, s.training, s.images.batch(s.rows[:500]))
-
-
-def _divergence(s: Study) -> Result:
-    rows = distinct(s.phi, s.settings.pairs_of, s.settings.seed)
-    return conditional_divergence(
-        s.model,
-        s.images.batch(s.rows[rows]),
-        paths=s.settings.paths,
-        steps=s.settings.pair_steps,
-        phi_sigma=s.settings.other,
-        seed=s.settings.seed,
-        progress=s.progress,
-    )
-
-
-def _noise_level(s: Study) -> Result:
-    return noise_level(s.model, s.images.batch(s.few[:16]), seed=s.settings.seed)
-
-
-def _probe(s: Study) -> Result | None:
-    return None if s.labels is None else probe(s.phi, s.labels, controls=_small(s))
-
-
-def _small(s: Study) -> dict[str, np.ndarray]:
-    """Controls of as many numbers per image as φ has."""
-    return {name: rows for name, rows in s.controls.items() if name != "pixels"}
-
-
-def _shifts(s: Study) -> Result:
-    return shifts(s.model, s.images.batch(s.few[:64]))
-
-
-def _decoding(s: Study) -> Result:
-    height = s.images.shape[1]
-    return decode_objects(s.model, height, 400, control=s.fresh)
-
-
-STAGES: dict[str, Callable[[Study], Result | None]] = {
-    "sparsity": _sparsity,
-    "stability": _stability,
-    "selectivity": _selectivity,
-    "channels": _channels,
-    "subspaces": _subspaces,
-    "neighbours": _neighbours,
-    "clusters": _clusters,
-    "agreement": _agreement,
-    "map": _map,
-    "likeness": _likeness,
-    "memorisation": _memorisation,
-    "divergence": _divergence,
-    "noise_level": _noise_level,
-    "probe": _probe,
-    "shifts": _shifts,
-    "decoding": _decoding,
-}

@@ -18,7 +18,8 @@ from fastphi.analysis.neighbours import nearest
 from fastphi.analysis.selectivity import exciting, top_channels
 from fastphi.analysis.subspaces import components
 from fastphi.report import Report
-from fastphi.study import Study, clusters_of
+from fastphi.study import Study
+from fastphi.study_stages import clusters_of
 
 _COLUMNS = ["claim of the paper", "found here", "verdict"]
 

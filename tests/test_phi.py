@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastphi
-from fastphi import checkpoint, noise, phi, reference
+from fastphi import checkpoint, noise, phi_chunk, reference
 from fastphi.data import MemoryImages
 from fastphi.phi import AUTHORS_SIGMAS, PhiStore, extract
 from fastphi.phi_store import done_file, phi_file
@@ -53,7 +53,7 @@ def test_mean_over_draws_of_the_reference(model, images):
         for sigma, draws in ((0.0, 1), (0.5, 3)):
 
             def z(d, i=i, sigma=sigma):
-                stream, draw = phi._counters(sigma, d)
+                stream, draw = phi_chunk.counters(sigma, d)
                 return noise.normal(5, [i], stream, draw, (3, 8, 8)).double()
 
             with torch.no_grad():
@@ -85,11 +85,11 @@ def test_noise_of_levels_and_draws_is_independent(model):
     """At levels one float32 step apart the draws share nothing; so they do within a level."""
     near = float(np.nextafter(np.float32(0.5), np.float32(1)))
     levels = [0.0, 1e-30, 0.5, near, 1.0, 2.0, 3.0, 1e6]
-    counters = {phi._counters(s, d) for s in levels for d in (0, 1, phi._MAX_DRAWS)}
+    counters = {phi_chunk.counters(s, d) for s in levels for d in (0, 1, phi_chunk.MAX_DRAWS)}
     assert len(counters) == 3 * len(levels)
     assert all(0 <= d < 1 << 32 and 0 <= s < 1 << 32 for s, d in counters)
     z = [
-        noise.normal(0, [0], *phi._counters(s, d), (3, 64, 64)).flatten()
+        noise.normal(0, [0], *phi_chunk.counters(s, d), (3, 64, 64)).flatten()
         for s in (0.5, near)
         for d in (0, 1)
     ]
@@ -337,13 +337,14 @@ def test_leaves_model_inputs_and_random_state_alone(model, images):
 
 
 _SCRIPT = """
-import sys, torch
+import sys, time, torch
 from fastphi import checkpoint, phi
 from fastphi.data import MemoryImages
 
 class Slow(MemoryImages):
     def _read(self, indices):
         print("chunk", flush=True)
+        time.sleep(0.05)  # so that whoever reads this can kill before the last one
         return super()._read(indices)
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from triton_case import DEVICE, INTERPRETED, need_kernels
 
 import fastphi
-from fastphi import engine, gpu, gpu_library, noise, ops, phi, reference
+from fastphi import engine, gpu, gpu_library, noise, ops, phi, phi_chunk, reference
 from fastphi.unet import UNet, UNetConfig
 
 need_kernels()
@@ -340,7 +340,7 @@ def test_extraction_decodes_and_draws_on_the_device(tmp_path):
     packed = fastphi.pack(tmp_path / "images.npy", tmp_path / "pack", size=8)
     model, options = network("small"), dict(sigmas=[0.0, 0.4], draws=3, blocks=["enc2", "mid"])
     job = phi._job(model, packed, None, options["blocks"], 3, 0, None)
-    assert job.on_device and phi._read(job, np.array([0, 2]))[0].dtype == torch.uint8
+    assert job.on_device and phi_chunk.read(job, np.array([0, 2]))[0].dtype == torch.uint8
     store = fastphi.extract(model, packed, **options)
     plain = UNet(model.config, backend="reference")
     plain.load_state_dict({k: v.cpu() for k, v in model.state_dict().items()})

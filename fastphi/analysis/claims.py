@@ -7,38 +7,13 @@ one table, and as long as there are claims.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from fastphi.analysis.claim import Claim, beats_chance, median, shares, spearman, with_error
 from fastphi.analysis.common import exceeds
-
-Number = Callable[[Any], str]
-Rule = Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """name: its key. needs: the result it is judged by. text: the claim, with the figure of the paper.
-    rule, weaker: in words and as functions of that result. number: what was found, in words.
-    applies: whether there is anything to judge, labels for instance."""
-
-    name: str
-    needs: str
-    text: str
-    rule: str
-    weaker: str
-    full: Rule
-    partial: Rule
-    number: Number
-    applies: Rule = lambda result: True  # noqa: E731
-
-    def verdict(self, result: Any) -> str:
-        if self.full(result):
-            return "reproduced"
-        return "weaker" if self.partial(result) else "not reproduced"
 
 
 def judge(results: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -56,33 +31,6 @@ def judge(results: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _median(values: Any) -> float:
-    values = np.asarray(values, np.float64)
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if len(values) else float("nan")
-
-
-def _with_error(values: Any) -> str:
-    values = np.asarray(values, np.float64)
-    values = values[np.isfinite(values)]
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{values.mean():.3f} ± {error:.3f}"
-
-
-def _shares(shares: Mapping[str, Any], chance: float) -> str:
-    listed = ", ".join(f"{name} {_with_error(v)}" for name, v in shares.items())
-    return f"{listed}, chance {chance:.3f}"
-
-
-def _beats_chance(shares: Mapping[str, Any], chance: float) -> bool:
-    phi = next(iter(shares.values()))
-    return exceeds(phi, np.full(len(phi), chance))
-
-
-def _spearman(values: tuple[float, float]) -> str:
-    return f"ρ = {values[0]:.2f} (p = {values[1]:.1g})"
-
-
 def _channel(name: str, text: str) -> Claim:
     extra = ", and the specialised channels' median excess kurtosis is above 1"
     return Claim(
@@ -94,7 +42,7 @@ def _channel(name: str, text: str) -> Claim:
         "the sign is the paper's",
         lambda r: r.as_expected.get(name, False),
         lambda r: r.correlations[name][0] * r.expected[name] > 0,
-        lambda r: _spearman(r.correlations[name]),
+        lambda r: spearman(r.correlations[name]),
     )
 
 
@@ -105,8 +53,8 @@ def _stable_middle(r: Any) -> bool:
 
 def _separations(r: Any) -> str:
     return (
-        f"nearest pairs {_median(r.nearest):.2f} (Gaussian {r.gaussian_nearest.mean():.2f} ± "
-        f"{r.gaussian_nearest.std(ddof=1):.2f}), random pairs {_median(r.random):.2f} "
+        f"nearest pairs {median(r.nearest):.2f} (Gaussian {r.gaussian_nearest.mean():.2f} ± "
+        f"{r.gaussian_nearest.std(ddof=1):.2f}), random pairs {median(r.random):.2f} "
         f"(Gaussian {r.gaussian_random.mean():.2f} ± {r.gaussian_random.std(ddof=1):.2f})"
     )
 
@@ -121,7 +69,7 @@ CLAIMS = (
         lambda r: r.shown,
         lambda r: 2 * sum(r.steps.values()) > len(r.steps),
         lambda r: ", ".join(
-            f"{b} {_median(r.inputs[b]):.2f} → {_median(r.outputs[b]):.2f}"
+            f"{b} {median(r.inputs[b]):.2f} → {median(r.outputs[b]):.2f}"
             for b in r.outputs
             if b in r.inputs
         ),
@@ -134,7 +82,7 @@ CLAIMS = (
         "it exceeds the mean of the other blocks'",
         lambda r: r.shown,
         _stable_middle,
-        lambda r: ", ".join(f"{b} {_with_error(v)}" for b, v in r.over_levels().items()),
+        lambda r: ", ".join(f"{b} {with_error(v)}" for b, v in r.over_levels().items()),
     ),
     Claim(
         "collapse",
@@ -155,7 +103,7 @@ CLAIMS = (
         lambda r: r.shown,
         lambda r: r.p < 0.05,
         lambda r: (
-            f"dip {r.dip:.3f}, p = {r.p:.2g}; median PR {_median(r.ratios):.2f}; "
+            f"dip {r.dip:.3f}, p = {r.p:.2g}; median PR {median(r.ratios):.2f}; "
             f"{r.faint} of {len(r.ratios)} channels nearly dead"
         ),
     ),
@@ -172,11 +120,9 @@ CLAIMS = (
         "Local dimension of φ is 0.2-0.3 d (Fig. 5)",
         "the median over neighbourhoods lies in [0.15, 0.35]",
         "it lies below 0.5",
-        lambda r: 0.15 <= _median(r.dimension) <= 0.35,
-        lambda r: _median(r.dimension) < 0.5,
-        lambda r: (
-            f"median {_median(r.dimension):.2f} (Gaussian {_median(r.gaussian_dimension):.2f})"
-        ),
+        lambda r: 0.15 <= median(r.dimension) <= 0.35,
+        lambda r: median(r.dimension) < 0.5,
+        lambda r: f"median {median(r.dimension):.2f} (Gaussian {median(r.gaussian_dimension):.2f})",
     ),
     Claim(
         "subspaces",
@@ -187,8 +133,8 @@ CLAIMS = (
         lambda r: exceeds(r.shared - r.shared_random, r.gaussian_shared - r.gaussian_shared_random),
         lambda r: exceeds(r.shared, r.shared_random),
         lambda r: (
-            f"gain {_with_error(r.shared - r.shared_random)}, Gaussian "
-            f"{_with_error(r.gaussian_shared - r.gaussian_shared_random)}"
+            f"gain {with_error(r.shared - r.shared_random)}, Gaussian "
+            f"{with_error(r.gaussian_shared - r.gaussian_shared_random)}"
         ),
     ),
     Claim(
@@ -198,8 +144,8 @@ CLAIMS = (
         "more than in pixels, their PCA and an untrained network's φ, by 3 standard errors",
         "more than chance, by 3 standard errors",
         lambda r: r.shown,
-        lambda r: _beats_chance(r.shares, r.chance),
-        lambda r: _shares(r.shares, r.chance),
+        lambda r: beats_chance(r.shares, r.chance),
+        lambda r: shares(r.shares, r.chance),
     ),
     Claim(
         "clusters",
@@ -210,8 +156,8 @@ CLAIMS = (
         "one of the two medians exceeds all five Gaussians'",
         lambda r: r.shown,
         lambda r: (
-            _median(r.random) > r.gaussian_random.max()
-            or _median(r.nearest) > r.gaussian_nearest.max()
+            median(r.random) > r.gaussian_random.max()
+            or median(r.nearest) > r.gaussian_nearest.max()
         ),
         _separations,
     ),
@@ -223,12 +169,11 @@ CLAIMS = (
         "one of them does",
         lambda r: r.better_than_classes,
         lambda r: (
-            _median(r.random) > _median(r.class_random)
-            or _median(r.nearest) > _median(r.class_nearest)
+            median(r.random) > median(r.class_random) or median(r.nearest) > median(r.class_nearest)
         ),
         lambda r: (
-            f"classes: nearest pairs {_median(r.class_nearest):.2f}, random "
-            f"{_median(r.class_random):.2f}; purity {r.purity:.3f}, shuffled {r.purity_chance:.3f}"
+            f"classes: nearest pairs {median(r.class_nearest):.2f}, random "
+            f"{median(r.class_random):.2f}; purity {r.purity:.3f}, shuffled {r.purity_chance:.3f}"
         ),
     ),
     Claim(
@@ -255,7 +200,7 @@ CLAIMS = (
         lambda r: exceeds(r.cosine, r.cosine_other),
         lambda r: (
             f"own nearest in {r.nearest.mean():.2f} (chance {1 / len(r.between):.2f}); cosine "
-            f"{_with_error(r.cosine)}, with others {_with_error(r.cosine_other)}"
+            f"{with_error(r.cosine)}, with others {with_error(r.cosine_other)}"
         ),
     ),
     Claim(
@@ -267,7 +212,7 @@ CLAIMS = (
         "it exceeds it by 3 standard errors",
         lambda r: r.keeps_layout and float(np.nanmean(r.layout)) >= 0.3,
         lambda r: r.keeps_layout,
-        lambda r: f"{_with_error(r.layout)}, with others {_with_error(r.layout_other)}",
+        lambda r: f"{with_error(r.layout)}, with others {with_error(r.layout_other)}",
     ),
     Claim(
         "samples_vary",
@@ -308,7 +253,7 @@ CLAIMS = (
                 f"{100 * c:.1f} % at {s:g}"
                 for s, c in zip(r.sigmas, np.median(r.change, axis=1), strict=True)
             )
-            + f"; loss ratio {_median(r.loss_ratio):.2g}"
+            + f"; loss ratio {median(r.loss_ratio):.2g}"
         ),
     ),
     Claim(
@@ -320,7 +265,7 @@ CLAIMS = (
         lambda r: r.shown,
         lambda r: r.correlations["φ"][0] > 0 and r.correlations["φ"][1] < 0.05,
         lambda r: (
-            ", ".join(f"{n}: {_spearman(v)}" for n, v in r.correlations.items())
+            ", ".join(f"{n}: {spearman(v)}" for n, v in r.correlations.items())
             + f"; {len(r.squared)} pairs"
         ),
     ),
@@ -334,7 +279,7 @@ CLAIMS = (
         lambda r: r.bounds["q95/q5"] <= 5.8,
         lambda r: (
             f"B/A {r.bounds['B/A']:.1f}, 95 %/5 % {r.bounds['q95/q5']:.1f}; Monte-Carlo error "
-            f"{100 * _median(r.error / r.squared):.0f} % of d² (median; nan where there is one path)"
+            f"{100 * median(r.error / r.squared):.0f} % of d² (median; nan where there is one path)"
         ),
     ),
     Claim(
@@ -344,8 +289,8 @@ CLAIMS = (
         "better than off pixels' PCA and an untrained network's φ, by 3 standard errors",
         "better than chance, by 3 standard errors",
         lambda r: r.shown,
-        lambda r: _beats_chance(r.correct, r.chance),
-        lambda r: _shares(r.correct, r.chance),
+        lambda r: beats_chance(r.correct, r.chance),
+        lambda r: shares(r.correct, r.chance),
     ),
     Claim(
         "location",
