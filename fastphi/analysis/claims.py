@@ -175,6 +175,7 @@ CLAIMS = (
             f"classes: nearest pairs {median(r.class_nearest):.2f}, random "
             f"{median(r.class_random):.2f}; purity {r.purity:.3f}, shuffled {r.purity_chance:.3f}"
         ),
+        lambda r: len(r.class_random) > 0,
     ),
     Claim(
         "agreement",
