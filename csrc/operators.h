@@ -40,6 +40,7 @@ void match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor update
                       int64_t steps);
 Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed);
 Tensor pack_upsample_weights(Tensor weight);
+Tensor in_large_pages(Tensor x);
 int64_t weights_stamp(std::vector<Tensor> parameters);
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width);

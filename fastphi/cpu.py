@@ -240,8 +240,10 @@ class CPURunner:
         layers = [n.removesuffix(".weight") for n in parameters if n.endswith(".weight")]
         weights = {layer: parameters[f"{layer}.weight"] for layer in layers}
         if transposed:
-            return [cpu_bf16.transposed(w, first=layer == "enc1.0") for layer, w in weights.items()]
-        packed = []
+            return cpu_bf16.together(
+                [cpu_bf16.transposed(w, first=layer == "enc1.0") for layer, w in weights.items()]
+            )
+        kernels, rest = [], []
         image = f"dec1.{len(self.model.dec1) - 1}"  # type: ignore[arg-type]
         for layer, weight in weights.items():
             up = layer.startswith("up")
@@ -255,9 +257,11 @@ class CPURunner:
                 first = cpu_bf16.conv(weight, _own(layer, weight))
             none = torch.empty(0)
             zeros = none if up else weight.new_zeros(weight.shape[0])
-            rest = [parameters.get(f"{layer}.bias", zeros), parameters.get(f"{layer}.gamma", none)]
-            packed += [first, *(cpu_bf16.padded(p) for p in rest)]
-        return packed
+            both = parameters.get(f"{layer}.bias", zeros), parameters.get(f"{layer}.gamma", none)
+            kernels.append(first)
+            rest.append([cpu_bf16.padded(p) for p in both])
+        joined = zip(cpu_bf16.together(kernels), rest, strict=True)
+        return [part for kernel, both in joined for part in (kernel, *both)]
 
 
 def _own(layer: str, weight: Tensor) -> int:

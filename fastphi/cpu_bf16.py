@@ -56,6 +56,12 @@ def upsample(weight: Tensor) -> Tensor:
     return torch.cat([_tiles(tap[:, :, None]).flatten() for tap in low])
 
 
+def together(packed: list[Tensor]) -> list[Tensor]:
+    """The same tensors, one after the other in large pages."""
+    whole = torch.ops.fastphi.in_large_pages(torch.cat(packed))
+    return list(whole.split([len(part) for part in packed]))
+
+
 def padded(x: Tensor) -> Tensor:
     """The last dimension filled up to whole panels with zeros, float32."""
     return F.pad(x.detach().float(), (0, -x.shape[-1] % BLOCK)).contiguous()

@@ -51,7 +51,7 @@ def _check_age() -> str | None:
     names = (
         *op_rules.FAKES_OF_ALL,
         "weights_stamp",
-        "match_steps_bf16",
+        "in_large_pages",
     )  # the latest of the runner's
     lacking = [name for name in names if not hasattr(torch.ops.fastphi, name)]
     return (

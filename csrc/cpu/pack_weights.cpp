@@ -43,6 +43,18 @@ Tensor pack_upsample_weights(Tensor weight) {
   return out;
 }
 
+// A copy in large pages where there are any: weights come through in one long stream, and the
+// processor prefetches within a page only.
+Tensor in_large_pages(Tensor x) {
+  STD_TORCH_CHECK(x.is_contiguous() && x.device().type() == torch::headeronly::DeviceType::CPU,
+                  "x: expected a dense CPU tensor");
+  Tensor out = new_tensor(x, shape_of(x));
+  const size_t bytes = x.numel() * x.element_size();
+  prefer_huge_pages(out.mutable_data_ptr(), bytes);
+  std::memcpy(out.mutable_data_ptr(), x.const_data_ptr(), bytes);
+  return out;
+}
+
 // A number that changes with the weights, from a few values of each tensor: an optimiser or an
 // average that writes through `.data` leaves torch's own version counter as it was.
 int64_t weights_stamp(std::vector<Tensor> parameters) {
