@@ -31,7 +31,7 @@ import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
 from fastphi.triton_kernels import (
-    conv_bwd, first_layer, fused_layer, last_layer, missing, norm_bwd, upsample,
+    conv_bwd, first_layer, fused_layer, last_layer, missing, norm_bwd, pack_taps, upsample,
 )
 assert "pip install triton" in missing(), missing()
 x = torch.zeros(1, 2, 2, 16)
@@ -42,6 +42,7 @@ for launch in (
     lambda: last_layer.last_layer_fwd(x, None, None, None, x),
     lambda: conv_bwd.conv_bwd(x, None, x),
     lambda: norm_bwd.norm_bwd(x, x, None, x),
+    lambda: pack_taps.pack_taps(x, x),
 ):
     try:
         launch()

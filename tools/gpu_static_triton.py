@@ -30,6 +30,7 @@ from fastphi.triton_kernels import (
     fused_layer,
     last_layer,
     norm_bwd,
+    pack_taps,
     upsample,
 )
 from triton.backends.compiler import GPUTarget
@@ -37,7 +38,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-MODULES = (epilogue, first_layer, fused_layer, last_layer, upsample, conv_bwd, norm_bwd)
+MODULES = (epilogue, first_layer, fused_layer, last_layer, upsample, conv_bwd, norm_bwd, pack_taps)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block can have
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -118,6 +119,12 @@ def last(c: int, c_out: int, size: int, dtype=BF16) -> None:
 
 def active() -> torch.Tensor:
     return torch.empty(BATCH, dtype=torch.int32)
+
+
+def packing(c: int, c_out: int, dtype=BF16, **options) -> None:
+    rows, k = (c, c_out) if options.get("transposed") else (c_out, c)
+    packed = torch.empty(rows, 9 * k, dtype=dtype)
+    pack_taps.pack_taps(torch.empty(c_out, c, 3, 3), packed, **options)
 
 
 def guided(c: int, c_out: int, size: int, dtype=BF16, pool: bool = False) -> None:
@@ -270,6 +277,10 @@ def others() -> Iterator[Case]:
     yield "fp32 up 64→32", lambda: up(64, 32, 16, FP32)
     yield "fp32 first 3→64", lambda: first(3, 64, 64, FP32, pooled=True)
     yield "fp32 last 64→3", lambda: last(64, 3, 64, FP32)
+    yield "64→128", lambda: packing(64, 128)
+    yield "64+64→64", lambda: packing(128, 64, split=64)
+    yield "64→128, transposed", lambda: packing(64, 128, transposed=True)
+    yield "fp32 64→128", lambda: packing(64, 128, FP32)
     yield "64 @64, training", lambda: norm_gradient(64, 64, "full", train=True)
     yield "64 @64, no norm, training", lambda: norm_gradient(64, 64, "full", norm=False, train=True)
     yield "64+64→64 @64, to the second", lambda: conv_gradient(64, 64, 64, s_z=torch.empty(BATCH))
@@ -369,7 +380,7 @@ def inspect(name: str, call, capability: int) -> dict:
             f"{t['TN']}×{t['TH']}×{t['TW']} × {t['BLOCK_N']}, k {t.get('BLOCK_K', t.get('K', 0))}"
         )
     else:
-        tile = f"{t['BLOCK_P']} × {t['BLOCK_C']}"
+        tile = f"{t.get('BLOCK_P', t.get('BLOCK_R'))} × {t['BLOCK_C']}"
     return {
         "kernel": kernel.__name__,
         "case": name,

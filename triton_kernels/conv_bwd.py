@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles
+from . import pack_taps, tiles
 from .box import accumulate, channel_sums, idle, load_box, per_pixel, store_box
 from .fused_layer import pack_weight
 from .support import (
@@ -117,6 +117,10 @@ def pack_transposed_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
             f"pack_transposed_weight: weight has shape {tuple(weight.shape)},"
             " expected (Cout, Cin, 3, 3)"
         )
+    if weight.is_cuda:  # the same bits in one launch
+        out = weight.new_empty(weight.shape[1], 9 * tiles.padded(len(weight)), dtype=dtype)
+        pack_taps.pack_taps(weight, out, transposed=True)
+        return out
     return pack_weight(weight.flip(2, 3).transpose(0, 1), None, dtype)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fastphi.rounding import rounded
 
-from . import tiles
+from . import pack_taps, tiles
 from .box import accumulate, finish, idle, load_channels, per_pixel, store_box
 from .support import (
     DTYPES,
@@ -135,6 +135,11 @@ def pack_weight(weight: Tensor, split: int | None, dtype: torch.dtype) -> Tensor
     c_in = weight.shape[1]
     if split is not None and not 0 < split < c_in:
         raise ValueError(f"pack_weight: split is {split}, expected between 1 and {c_in - 1}")
+    if weight.is_cuda:  # the same bits in one launch
+        k = sum(9 * tiles.padded(c) for c in ((c_in,) if split is None else (split, c_in - split)))
+        out = weight.new_empty(len(weight), k, dtype=dtype)
+        pack_taps.pack_taps(weight, out, split=split)
+        return out
     weight = rounded(weight, dtype)
     parts = [weight] if split is None else [weight[:, :split], weight[:, split:]]
     packed = []

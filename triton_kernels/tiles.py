@@ -107,6 +107,10 @@ LAST = {
 # a few images has some for every multiprocessor.
 NORM_BWD_VALUES, NORM_BWD_CHANNELS, NORM_BWD_WARPS = 4096, 128, 4
 
+# Packing of weights: two values to a thread, so that 64→64 still has 16 programs; a row of 64 channels
+# is what one tap writes side by side.
+PACK_ROWS, PACK_CHANNELS = 4, 64
+
 MAX_IMAGES = (
     16  # images per tile, at most: small images must not need a large batch to be efficient
 )
