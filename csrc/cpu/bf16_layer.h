@@ -60,7 +60,7 @@ class Later {
   }
 
  private:
-  static constexpr i64 SLICE = 4;  // rows
+  static constexpr i64 SLICE = 2;  // rows
 
   void slice() {
     if (next_ == count_) return;
@@ -80,7 +80,8 @@ class Later {
 };
 
 // Products of one or two sources to r_out, statistics and sums, some rows at a time.
-template <bool TWO>
+// MORE: z or sums are wanted, or r_out is not.
+template <bool TWO, bool MORE>
 class LayerEpilogue {
  public:
   struct Unit {
@@ -129,10 +130,10 @@ class LayerEpilogue {
         of[v] = z(p, v);
         moments.add(v, of[v]);
         r[v] = relu(_mm512_mul_ps(gamma_[v], of[v]));
-        sums[v] = _mm512_add_ps(sums[v], r[v]);
+        if (MORE) sums[v] = _mm512_add_ps(sums[v], r[v]);
       }
-      if (z_) _mm512_storeu_si512(z_ + m * BF16_BLOCK, to_bf16(of[0], of[1]));
-      if (block_) put(plane_, block_, m, x, to_bf16(r[0], r[1]));
+      if (MORE && z_) _mm512_storeu_si512(z_ + m * BF16_BLOCK, to_bf16(of[0], of[1]));
+      if (!MORE || block_) put(plane_, block_, m, x, to_bf16(r[0], r[1]));
     }
     moments_ = moments, sums_[0] = sums[0], sums_[1] = sums[1], m_ = m, x_ = x, next_ = p;
   }
@@ -143,7 +144,7 @@ class LayerEpilogue {
     if (job_.stats)
       moments_.finish(pixels_, min_of(job_.cout - panel * 32, 32),
                       job_.stats + ((n * panels + panel) * units + unit) * 3);
-    if (job_.sums)
+    if (MORE && job_.sums)
       for (int v = 0; v < 2; ++v)
         _mm512_storeu_ps(job_.sums + ((n * units + unit) * panels + panel) * 32 + v * 16, sums_[v]);
   }
@@ -196,7 +197,7 @@ void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   i64 parts[9];
   for (i64 t = 0; t < 3 * blocks; ++t)
     parts[t] = (t % blocks) * BF16_UNIT * BF16_BLOCK + (t / blocks == 1 ? PATCH : 0);
-  Later<LayerEpilogue<false>> later(job);
+  Later<LayerEpilogue<false, true>> later(job);
   int turn = 0;
   for (i64 i = begin; i < end; ++i) {
     const i64 n = i / units, unit = i % units;
@@ -211,7 +212,7 @@ void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
       tiles.multiply(&operand, 1, parts, 3 * blocks, 1, 0,
                      job.packed + panel * 3 * blocks * BF16_PAIRED, later);
       later.flush();
-      const LayerEpilogue<false>::Unit done{n, panel, unit, products[turn], {1, 0}};
+      const LayerEpilogue<false, true>::Unit done{n, panel, unit, products[turn], {1, 0}};
       later.add(&done, 1);
     }
   }
@@ -219,7 +220,7 @@ void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   later.flush();
 }
 
-template <bool TWO>
+template <bool TWO, bool MORE>
 void layer_of(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   alignas(64) float products[2][GROUP][(TWO ? 2 : 1) * PRODUCTS + ASIDE];
   Tiles tiles;
@@ -227,14 +228,14 @@ void layer_of(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   const i64 units = bf16_units(job.plane), stride = job.plane.block * BF16_BLOCK;
   const i64 all = job.source[0].blocks + (TWO ? job.source[1].blocks : 0);
   const i64 most = together(all);
-  Later<LayerEpilogue<TWO>> later(job);
+  Later<LayerEpilogue<TWO, MORE>> later(job);
   int turn = 0;
   for (i64 first = begin; first < end; first += job.span)
     for (i64 panel = p0; panel < p1; ++panel)
       for (i64 i = first, last = min_of(first + job.span, end); i < last; i += most, turn ^= 1) {
         const int count = static_cast<int>(min_of(most, last - i));
         const bf16* b = job.packed + panel * all * 9 * BF16_PAIRED;
-        typename LayerEpilogue<TWO>::Unit group[GROUP];
+        typename LayerEpilogue<TWO, MORE>::Unit group[GROUP];
         for (int u = 0; u < count; ++u)
           group[u] = {(i + u) / units, panel, (i + u) % units, products[turn][u], {}};
         later.expect(all * 9 * count);
@@ -259,6 +260,8 @@ void layer_of(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
 
 void layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   if (job.image) return first_layer(job, p0, p1, begin, end);
-  if (job.sources > 1) return layer_of<true>(job, p0, p1, begin, end);
-  layer_of<false>(job, p0, p1, begin, end);
+  const bool two = job.sources > 1, more = job.z || job.sums || !job.r_out;
+  const auto run = two ? (more ? layer_of<true, true> : layer_of<true, false>)
+                       : (more ? layer_of<false, true> : layer_of<false, false>);
+  run(job, p0, p1, begin, end);
 }
