@@ -33,11 +33,16 @@ def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str
     """Why the GPU engine cannot serve, or None."""
     if device.type != "cuda":
         return f"it runs on CUDA devices, not on {device.type}"
+    return _refuses_device(device) or refuses_network(config, dtype)
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not follow it into the driver
+def _refuses_device(device: torch.device) -> str | None:
     if (reason := missing()) is not None:
         return reason
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_80"
-    return refuses_network(config, dtype)
+    return None
 
 
 def refuses_network(config: UNetConfig, dtype: torch.dtype) -> str | None:

@@ -120,3 +120,16 @@ def backward_cases():
 def test_torch_compile_is_told_the_layouts_of_gradients(which):
     op, arguments = list(backward_cases())[which]
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_torch_compile_asks_which_engine_serves_without_a_break(monkeypatch):
+    """As on a GPU: torch.compile does not follow the question into the driver."""
+    monkeypatch.setattr(gpu, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, int("0")))
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        refused = gpu.refuses(UNetConfig(), torch.device("cuda", 0), BF16)
+        return x + (1 if refused is None else 0)
+
+    compiled = torch.compile(ask, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
