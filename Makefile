@@ -4,6 +4,8 @@
 # make check  set up, linters and types (what CI runs beside the tests)
 # make bench  the CPU engine beside its peers (PyTorch, OpenVINO, ONNX Runtime, ncnn), tables and JSON in
 #             out/bench; half an hour on two quiet cores; BENCH="network --only phi" runs a part
+# make sanitize  the C++ engine's tests with AddressSanitizer and UBSan, on each instruction set (those of
+#             ISAS that this processor has)
 # make gpu-static  what can be checked of the GPU engine without a GPU: needs nvcc (CUDA 13), downloads
 #             a torch with CUDA and two Tritons into CACHE (3 GB)
 # make gpu-suite PART="build tests"  what is to be run where a GPU is: tools/gpu_suite.py says which parts
@@ -27,7 +29,7 @@ BIN  := $(VENV)/bin
 C_FILES := find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test check format wheel doctor bench gpu-static gpu-suite clean
+.PHONY: setup demo test check format wheel doctor bench sanitize gpu-static gpu-suite clean
 
 setup: $(VENV)/built
 
@@ -75,6 +77,19 @@ bench: setup
 	$(BIN)/python tools/requirements.py bench > $(VENV)/bench.txt
 	$(BIN)/python -m pip install -q -r $(VENV)/bench.txt
 	$(BIN)/python tools/cpu_bench.py $(BENCH)
+
+# The sanitizers' libraries come first in the process; Python's own leaks are not ours. pytest without
+# `python -m`, which would find the usual build in this folder first.
+SANITIZED := out/sanitize
+LIBRARIES := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+ISAS      ?= amx avx512_bf16 avx512 avx2 plain
+
+sanitize: setup
+	FASTPHI_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	for isa in $(ISAS); do echo "== $$isa"; FASTPHI_ISA=$$isa PYTHONPATH=$(SANITIZED)/lib \
+	  LD_PRELOAD="$(LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  $(BIN)/pytest -q -p no:cacheprovider tests/test_cpu.py tests/test_cpu_bf16.py tests/test_winograd.py \
+	  tests/test_ops.py || exit 1; done
 
 gpu-static: setup
 	$(BIN)/python tools/gpu_static.py --cache "$(CACHE)"

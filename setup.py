@@ -52,6 +52,11 @@ except ImportError:
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # 2.10: the oldest torch whose stable ABI has all that is used here
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-Wall", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+if os.environ.get("FASTPHI_SANITIZE", "0") == "1":
+    FLAGS += [*SANITIZE, "-O1", "-g", "-fno-omit-frame-pointer"]
+else:
+    SANITIZE = []
 # Multiplications and additions are fused in the kernels and nowhere else: the bits of noise_normal
 # are defined with every operation rounded on its own.
 KERNELS = ["-ffp-contract=fast", "-Wno-psabi"]
@@ -173,6 +178,7 @@ extensions = [
         SOURCES + list(FLAGS_OF),
         depends=headers,
         extra_compile_args={"cxx": FLAGS + [build_flags(FLAGS)]},
+        extra_link_args=SANITIZE,
         py_limited_api=True,
     )
 ]
