@@ -50,13 +50,13 @@ def check(weight: torch.Tensor, split: int | None, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_weights_of_any_strides(transposed):
     """A part of the channels, as of a layer of two sources; channels last."""
-    whole = random(2, 12, 40, 3, 3).float()
+    whole = random(2, 12, 40, 3, 3).float().to(DEVICE)
     for weight in (whole[:, 8:32], whole.contiguous(memory_format=torch.channels_last)):
         pack = conv_bwd.pack_transposed_weight if transposed else fused_layer.pack_weight
         options = () if transposed else (None,)
-        want = pack(weight.contiguous(), *options, torch.bfloat16)
+        want = pack(weight.cpu().contiguous(), *options, torch.bfloat16)
         packed = poisoned(*want.shape, dtype=torch.bfloat16)
-        pack_taps.pack_taps(weight.to(DEVICE), packed, transposed=transposed)
+        pack_taps.pack_taps(weight, packed, transposed=transposed)
         same(packed, want)
 
 
