@@ -113,7 +113,8 @@ def layer_bwd(
     if r2 is None or s2 is None:
         return d_r, d_s, r.new_empty(0), s.new_empty(0), d_weight, d_bias, d_gamma
     d_r2, d_s2 = input_gradient(d_z, weight[:, own:], r2, s2, s)
-    scaled = d_z * (s2 / s)[:, None, None, None].to(d_z.dtype)
+    ratio = (s2 / s)[:, None, None, None]  # in float32, and the product rounded once
+    scaled = torch.mul(d_z, ratio, out=torch.empty_like(d_z))
     second = weight_gradient(scaled, r2, weight[:, own:].shape)
     return d_r, d_s, d_r2, d_s2, torch.cat([d_weight, second], 1), d_bias, d_gamma
 

@@ -14,8 +14,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from fastphi.triton_kernels import (
     conv_bwd,
     first_layer,
@@ -25,6 +23,7 @@ from fastphi.triton_kernels import (
     tiles,
     upsample,
 )
+from torch import Tensor
 
 
 @contextlib.contextmanager
