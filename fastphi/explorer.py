@@ -13,7 +13,7 @@ import numpy as np
 
 from fastphi import files
 from fastphi.analysis.neighbours import nearest
-from fastphi.analysis.selectivity import channel_ratios, exciting, top_channels
+from fastphi.analysis.selectivity import exciting, pictured, top_channels
 from fastphi.study import Study
 from fastphi.study_stages import clusters_of
 
@@ -59,8 +59,7 @@ def html(
     k = min(_NEIGHBOURS, n - 1)
     near, cosine = nearest(phi, phi, k, exclude=each)
     near_pixels, _ = nearest(pixels, pixels, k, exclude=each)
-    order = np.argsort(channel_ratios(phi), kind="stable")
-    specialised = order[: max(len(order) // 4, _CHANNELS)]
+    specialised = pictured(phi)
     excite = {int(c): exciting(phi, int(c), min(_EXCITING, n)).tolist() for c in specialised}
     columns = int(np.ceil(n**0.5))
     content = {

@@ -24,6 +24,7 @@ h1 { font-size: 1.7rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 img { max-width: 100% } figure { margin: 0 } p { max-width: 46rem }
 table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: right }
 th:first-child, td:first-child, .words td, .words th { text-align: left; vertical-align: top }
+.words td:last-child { white-space: nowrap }
 footer { margin: 3rem 0 1rem; color: #777; font-size: .85rem }
 """
 

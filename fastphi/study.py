@@ -184,13 +184,18 @@ class Study:
     def targets(self) -> Tensor:
         return self.images.batch(self.rows[self.target_rows])
 
+    @property
+    def path(self) -> tuple[float, float, int]:
+        """Noise levels of sampling: first, last, how many."""
+        return min(1.0, self.model.training_info.sigma_max), 0.03, self.settings.steps
+
     @cached_property
     def reconstruction(self) -> fastphi.Reconstruction:
         s = self.settings
         return fastphi.reconstruct(
             self.model,
             fastphi.targets.from_images(self.model, self.targets, draws=10, copies=s.copies),
-            sigmas=(min(1.0, self.model.training_info.sigma_max), 0.03, s.steps),
+            sigmas=self.path,
             seed=s.seed,
             save=self.out / "reconstruction.npz",
             progress=self.progress,

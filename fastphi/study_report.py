@@ -15,13 +15,13 @@ from fastphi import files, plots
 from fastphi.analysis.channels import STATISTICS
 from fastphi.analysis.claims import judge
 from fastphi.analysis.neighbours import nearest
-from fastphi.analysis.selectivity import exciting, top_channels
+from fastphi.analysis.selectivity import exciting, pictured, top_channels
 from fastphi.analysis.subspaces import components
 from fastphi.report import Report
 from fastphi.study import Study
-from fastphi.study_stages import clusters_of
+from fastphi.study_stages import clusters_of, groups_of
 
-_COLUMNS = ["claim of the paper", "found here", "verdict"]
+_COLUMNS = ["claim of the paper, with its value where it gives one", "found here", "verdict"]
 
 
 def write(study: Study, results: Mapping[str, Any]) -> Path:
@@ -65,8 +65,10 @@ def _introduction(study: Study) -> str:
 
 
 def _definition(result: Any) -> str:
-    """The words of the result's class: the definition is where it is calculated."""
-    return re.sub(r"\s+", " ", inspect.getdoc(result) or "")
+    """The words of the result's class, where it is calculated, without the shapes of arrays."""
+    text = re.sub(r"\s+", " ", inspect.getdoc(result) or "").replace("`", "")
+    text = re.sub(r"[:,]? ?\{[^{}]*(\{[^{}]*\})?[^{}]*\}", "", text)
+    return re.sub(r"[:,]? ?\(\w*,( ?[\w+ ]+)?\)|[:,]? ?\(\w·\w,\)", "", text)
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -85,8 +87,8 @@ def _plain(size: tuple[float, float] = (7.5, 3.8)) -> Draw:
 def _selectivity(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
     with report.figure(heading, text, size=(7.5, 3.6)) as (ax,):
         result.plot(ax)
-    few, many = result.specialised()[:6], result.common()[:6]
-    about = "Each row: one channel and the ten images that excite it most."
+    few, many = pictured(study.phi)[:6], result.common()[:6]
+    about = "Each row: a channel, not nearly dead, and the ten images that excite it most."
     with report.figure("Most exciting images", about, columns=2, size=(10, 3.8)) as axes:
         for ax, name, chosen in zip(axes, ("specialised", "common"), (few, many), strict=True):
             rows = [study.images.batch(study.rows[exciting(study.phi, int(c), 10)]) for c in chosen]
@@ -94,10 +96,10 @@ def _selectivity(report: Report, heading: str, study: Study, result: Any, text: 
             ax.set_title(f"{name} channels")
     about = "First column: an image. Beside it, for each of its four strongest specialised channels, the "
     about += "three images that excite the channel most (Fig. 4)."
-    with report.figure("An image by its channels", about, size=(9, 4.5)) as (ax,):
+    with report.figure("An image by its channels", about, size=(9, 3.2)) as (ax,):
         rows = []
         for row in study.target_rows[:4]:
-            strongest = top_channels(study.phi, int(row), result.specialised(), 4)
+            strongest = top_channels(study.phi, int(row), pictured(study.phi), 4)
             shown = [exciting(study.phi, int(c), 3) for c in strongest]
             rows.append(study.images.batch(study.rows[np.concatenate([[row], *shown])]))
         plots.images(ax, rows)
@@ -165,6 +167,30 @@ def _likeness(report: Report, heading: str, study: Study, result: Any, text: str
     _plain()(report, heading, study, result, text)
 
 
+_MADE_OF = {
+    "clusters": "members of two clusters, and samples from their centroid in φ",
+    "classes": "images of two labelled classes, and samples from their centroid in φ",
+    "pairs": "two images, and samples from the union of their features (the larger of the two, "
+    "channel by channel)",
+}
+
+
+def _generation(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+    _plain((7.5, 3.6))(report, heading, study, result, text)
+    about = "Images from noise by the denoiser alone, without a target."
+    with report.figure("Unconditional samples", about, size=(9, 2.6)) as (ax,):
+        plots.images(ax, [result.prior[:8], result.prior[8:]])
+    groups = groups_of(study)
+    for kind, samples in result.samples.items():
+        rows, labels = [], []
+        for members, made in zip(groups[kind], samples, strict=True):
+            rows += [study.images.batch(study.rows[members[:8]]), made]
+            labels += ["images", "samples"]
+        size = (9.0, 1.1 * len(rows) + 0.3)
+        with report.figure(f"Samples from {kind}", _MADE_OF[kind] + ".", size=size) as (ax,):
+            plots.images(ax, rows, labels)
+
+
 def _memorisation(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
     _plain()(report, heading, study, result, text)
     about = "Above, one sample of each target; below, the training image nearest to it."
@@ -182,6 +208,7 @@ _SECTIONS: tuple[tuple[str, str, Draw], ...] = (
     ("Clusters (Fig. 6)", "clusters", _plain()),
     ("Map of φ (Fig. 6)", "map", _map),
     ("Likeness of reconstructions (Fig. 7)", "likeness", _likeness),
+    ("Samples from more than one image (Fig. 17-19)", "generation", _generation),
     ("Divergence of conditional densities (Fig. 8)", "divergence", _plain((6, 4))),
     ("Specialised channels (Fig. 13)", "channels", _channels),
     ("Neighbours", "map", _neighbour_pictures),

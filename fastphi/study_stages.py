@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastphi.analysis.channels import Channels, channels
-from fastphi.analysis.clusters import Agreement, Clusters, KMeans, agreement, clusters, kmeans
+from fastphi.analysis.clusters import Agreement, Clusters, agreement, clusters
 from fastphi.analysis.common import Result
 from fastphi.analysis.divergence import Divergence, conditional_divergence
 from fastphi.analysis.embedding import Embedding, embedding
+from fastphi.analysis.generation import Generation, generation
+from fastphi.analysis.kmeans import KMeans, kmeans
 from fastphi.analysis.likeness import Likeness, likeness
 from fastphi.analysis.location import Decoding, Shifts, decode_objects, shifts
 from fastphi.analysis.memorisation import Memorisation, memorisation
@@ -29,13 +31,13 @@ if TYPE_CHECKING:
 KINDS: dict[str, type[Result]] = {
     kind.__name__: kind
     for kind in (
-        Agreement, Channels, Clusters, Decoding, Divergence, Embedding, KMeans, LabelAgreement, Likeness,
-        Memorisation, NoiseLevel, Probe, Selectivity, Shifts, Sparsity, Stability, Subspaces,
+        Agreement, Channels, Clusters, Decoding, Divergence, Embedding, Generation, KMeans, LabelAgreement,
+        Likeness, Memorisation, NoiseLevel, Probe, Selectivity, Shifts, Sparsity, Stability, Subspaces,
     )
 }  # fmt: skip
 
 
-# None: the stage does not apply
+# A stage returns None where it does not apply.
 
 
 def _sparsity(s: Study) -> Result:
@@ -95,6 +97,42 @@ def _likeness(s: Study) -> Result:
     return likeness(s.model, s.targets, s.samples, sigma=s.settings.sigma)
 
 
+GROUPS, MEMBERS = 2, 16  # targets of a kind, and images that one is made of
+
+
+def groups_of(s: Study) -> dict[str, list[np.ndarray]]:
+    """{kind: rows of φ of the images behind each target}: of the largest clusters, of the commonest
+    classes, and pairs of the images that were reconstructed."""
+    pairs = s.target_rows[: len(s.target_rows) // 2 * 2].reshape(-1, 2)[:GROUPS]
+    found = {"clusters": _members(clusters_of(s), s.settings.seed)}
+    if s.labels is not None:
+        found["classes"] = _members(s.labels, s.settings.seed)
+    return found | {"pairs": list(pairs)}
+
+
+def _members(labels: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Rows of random members of each of the largest groups."""
+    names, count = np.unique(labels, return_counts=True)
+    largest = names[np.argsort(-count, kind="stable")[:GROUPS]]
+    rng = np.random.default_rng(seed)
+    return [rng.permutation(np.flatnonzero(labels == c))[:MEMBERS] for c in largest]
+
+
+def _generation(s: Study) -> Result:
+    groups = {
+        kind: [s.images.batch(s.rows[rows]) for rows in of] for kind, of in groups_of(s).items()
+    }
+    return generation(
+        s.model,
+        groups,
+        how={"pairs": "max"},
+        sigma=s.settings.sigma,
+        sigmas=s.path,
+        seed=s.settings.seed,
+        progress=s.progress,
+    )
+
+
 def _memorisation(s: Study) -> Result | None:
     if s.training is None:
         return None
@@ -148,6 +186,7 @@ STAGES: dict[str, Callable[[Study], Result | None]] = {
     "agreement": _agreement,
     "map": _map,
     "likeness": _likeness,
+    "generation": _generation,
     "memorisation": _memorisation,
     "divergence": _divergence,
     "noise_level": _noise_level,

@@ -55,7 +55,7 @@ def test_structureless_clusters_are_not_shown(seed):
 
 
 def test_kmeans_of_many_rows_goes_by_mini_batches(monkeypatch):
-    monkeypatch.setattr("fastphi.analysis.clusters._MINI_BATCH_FROM", 100)
+    monkeypatch.setattr("fastphi.analysis.kmeans._MINI_BATCH_FROM", 100)
     phi, labels = planted(spread=0.05)
     assert purity(kmeans(phi, 6, starts=10).labels, labels) == 1
 

@@ -16,6 +16,7 @@ from fastphi.analysis.channels import (
     tuning,
 )
 from fastphi.analysis.divergence import conditional_divergence, divergence, integrate
+from fastphi.analysis.generation import Generation, generation
 from fastphi.analysis.likeness import likeness
 from fastphi.analysis.location import decode_objects, decode_position, dots, shifts
 from fastphi.analysis.noise_level import noise_level
@@ -173,7 +174,8 @@ def test_divergence_error_is_that_of_its_paths():
 
 
 def test_conditional_divergence_of_a_network(make_model):
-    images = torch.rand(3, 3, 8, 8)
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[1] *= 0.3  # darker, so that their φ differ by more than the noise does
     images[2] = images[0]  # the same condition: no divergence between the two
     result = conditional_divergence(make_model(), images, paths=2, steps=4, max_iter=5, draws=40)
     assert result.pairs.tolist() == [[0, 1], [0, 2], [1, 2]]
@@ -211,3 +213,34 @@ def test_copies_are_alike_and_noise_is_not(make_model):
     assert copies.keeps_phi and not copies.varied and not copies.shown
     with pytest.raises(ValueError, match="targets, samples: expected"):
         likeness(model, smooth[:1], samples[:1])
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def test_generation_makes_images_of_every_kind(make_model):
+    groups = {
+        "clusters": [torch.rand(3, 3, 8, 8), torch.rand(2, 3, 8, 8)],
+        "pairs": [torch.rand(2, 3, 8, 8)],
+    }
+    options = {"copies": 2, "prior": 3, "sigmas": (1.0, 0.1, 2), "how": {"pairs": "max"}}
+    result = drawable_and_plain(generation(make_model(), groups, **options))
+    assert result.samples["clusters"].shape == (2, 2, 3, 8, 8)
+    assert result.prior.shape == (3, 3, 8, 8) and len(result.cosine["clusters"]) == 4
+    assert np.isnan(result.cosine_other["pairs"]).all()  # there is no other
+    assert "samples" not in result.numbers()
+    with pytest.raises(ValueError, match="groups: expected images .* of one size"):
+        generation(make_model(), {"a": [torch.rand(1, 3, 8, 8), torch.rand(1, 3, 4, 4)]})
+
+
+@pytest.mark.parametrize(("gain", "shown"), [(0.3, True), (0.0, False)])
+def test_generation_is_shown_where_it_was_planted(gain, shown):
+    rng = np.random.default_rng(0)
+    near, far, prior = (0.5 + 0.1 * rng.random(16) for _ in range(3))
+    one, empty = {"clusters": near + gain}, np.zeros((1, 3, 8, 8))
+    result = Generation(
+        {"clusters": empty[None]}, empty, one, {"clusters": far}, {"clusters": prior}
+    )
+    assert result.shown is shown
+    alone = {"clusters": np.full(16, np.nan)}
+    assert Generation({}, empty, one, alone, {"clusters": prior}).shown is shown

@@ -11,53 +11,10 @@ from numpy.typing import ArrayLike
 
 from fastphi import validate
 from fastphi.analysis.common import Result, finite, gaussian_like, labels_of, new_axes
+from fastphi.analysis.kmeans import KMeans, kmeans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_MINI_BATCH_FROM = 200_000  # rows from which K-means sees a mini-batch at a time
-
-
-@dataclass(frozen=True)
-class KMeans(Result):
-    """labels: (N,) int64; centroids: (k, d); inertia: mean squared distance to the own centroid."""
-
-    labels: np.ndarray
-    centroids: np.ndarray
-    inertia: float
-
-    def numbers(self) -> dict[str, Any]:
-        return {"k": len(self.centroids), "inertia": self.inertia, "n": len(self.labels)}
-
-    def members(self, cluster: int, n: int, seed: int = 0) -> np.ndarray:
-        """Up to n random rows of a cluster (Fig. 6, right)."""
-        own = np.flatnonzero(self.labels == cluster)
-        return np.random.default_rng(seed).permutation(own)[:n]
-
-
-def kmeans(
-    phi: Any, k: int, *, starts: int = 10, seed: int = 0, init: ArrayLike | None = None
-) -> KMeans:
-    """K-means on φ (N, d): k-means++ and the best of `starts`, or from the centroids `init` (k, d).
-
-    scikit-learn's; from 200,000 rows on its mini-batch form.
-    """
-    from sklearn.cluster import KMeans as Lloyd
-    from sklearn.cluster import MiniBatchKMeans
-
-    phi = finite(phi)
-    validate.integer(k, "k", low=1, high=len(phi))
-    options: dict[str, Any] = {"n_clusters": k, "random_state": seed}
-    if init is not None:
-        options |= {"init": np.asarray(init, np.float64), "n_init": 1}
-    else:
-        options |= {"init": "k-means++", "n_init": starts}
-    if len(phi) >= _MINI_BATCH_FROM:
-        fitted: Any = MiniBatchKMeans(batch_size=8192, **options).fit(phi)
-    else:
-        fitted = Lloyd(**options).fit(phi)
-    labels = fitted.labels_.astype(np.int64)
-    return KMeans(labels, fitted.cluster_centers_, float(fitted.inertia_) / len(phi))
 
 
 def separations(phi: Any, labels: ArrayLike) -> np.ndarray:

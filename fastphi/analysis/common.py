@@ -129,7 +129,10 @@ def gaussian_like(rows: Any, seed: int = 0) -> np.ndarray:
         return mean + z @ (x - mean) / len(x) ** 0.5
     values, vectors = np.linalg.eigh(np.cov(x, rowvar=False, bias=True).reshape(x.shape[1], -1))
     z = rng.standard_normal(x.shape)
-    return mean + (z * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    drawn = mean + (z * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    return np.where(
+        np.ptp(x, axis=0) == 0, x[0], drawn
+    )  # rounding would bring a dead channel to life
 
 
 def principal(rows: Any, k: int) -> np.ndarray:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embedding(Result):
-    """places: (N, 2), of no unit, in [0, 1]; labels: (N,) clusters, or empty."""
+    """t-SNE of φ by cosine distance: a picture whose neighbourhoods mean something, its distances nothing.
+
+    places: (N, 2), of no unit, in [0, 1]; labels: (N,) clusters, or empty.
+    """
 
     places: np.ndarray
     labels: np.ndarray

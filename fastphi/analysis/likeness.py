@@ -83,8 +83,8 @@ def likeness(
         )
     parameter = next(model.parameters())
     targets, flat = targets.to(parameter), samples.flatten(0, 1).to(parameter)
-    wanted = _phi(model, targets, sigma, draws)
-    found = _phi(model, flat, sigma, draws)
+    wanted = phi_of(model, targets, sigma, draws)
+    found = phi_of(model, flat, sigma, draws)
     own = np.repeat(np.arange(t), k)
     table = np.stack([cosine(found, np.broadcast_to(w, found.shape)) for w in wanted], axis=1)
     distance = np.linalg.norm(found[:, None] - wanted[None], axis=2)
@@ -99,7 +99,8 @@ def likeness(
     )
 
 
-def _phi(model: UNet, x: Tensor, sigma: float, draws: int) -> np.ndarray:
+def phi_of(model: UNet, x: Tensor, sigma: float, draws: int) -> np.ndarray:
+    """(N, C) float64: φ of images x (N, C, H, W) at σ, mean over noise draws."""
     levels, ids = np.full(len(x), sigma), np.arange(len(x))
     return mean_phi(model, x, levels, ids, 0, draws).double().cpu().numpy()
 

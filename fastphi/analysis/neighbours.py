@@ -75,13 +75,15 @@ def _unit(a: np.ndarray) -> np.ndarray:
 def distinct(phi: Any, n: int, seed: int = 0, among: int = 1000) -> np.ndarray:
     """Row numbers of n rows far apart in direction, greedily from the longest, of at most `among`
     random ones; rows of zeros are passed over."""
-    phi = np.asarray(matrix(phi), np.float64)
+    phi = matrix(phi)
     rows = np.random.default_rng(seed).permutation(len(phi))[:among]
-    length = np.linalg.norm(phi[rows], axis=1)
-    rows, length = rows[length > 0], length[length > 0]
+    some = np.asarray(phi[rows], np.float64)
+    length = np.linalg.norm(some, axis=1)
+    kept = length > 0
+    rows, length = rows[kept], length[kept]
     if not 1 <= n <= len(rows):
         raise ValueError(f"n: expected 1 ... {len(rows)} (the rows that are not zero), got {n}")
-    unit = phi[rows] / length[:, None]
+    unit = some[kept] / length[:, None]
     chosen = [int(length.argmax())]
     near = unit @ unit[chosen[0]]
     while len(chosen) < n:

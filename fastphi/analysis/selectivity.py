@@ -97,8 +97,23 @@ def channel_ratios(phi: Any) -> np.ndarray:
 
 def faint_channels(phi: Any) -> int:
     """How many channels never reach 1 % of the largest φ (N, C) of all."""
+    return int(faint(phi).sum())
+
+
+def faint(phi: Any) -> np.ndarray:
+    """(C,) bool: channels that never reach 1 % of the largest φ (N, C) of all, the dead ones included."""
     strongest = np.abs(np.asarray(phi)).max(axis=0)
-    return int((strongest < 0.01 * strongest.max()).sum())
+    return strongest < 0.01 * strongest.max() if strongest.any() else np.ones(len(strongest), bool)
+
+
+def pictured(phi: Any, quantile: float = 0.25) -> np.ndarray:
+    """Channel numbers of the lowest quantile of selectivity among those that are not `faint`, the most
+    selective first: of a nearly dead channel there is nothing to be seen."""
+    living = np.flatnonzero(~faint(phi))
+    if not len(living):
+        return living
+    order = living[np.argsort(channel_ratios(np.asarray(phi)[:, living]), kind="stable")]
+    return order[: max(round(quantile * len(order)), 1)]
 
 
 def exciting(phi: Any, channel: int, k: int = 8) -> np.ndarray:

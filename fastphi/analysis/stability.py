@@ -87,6 +87,12 @@ class Stability(Result):
             ax.plot(at, np.nanmean(values, axis=1), color=f"C{k}", lw=wide, label=block)
             ax.fill_between(at, low, high, color=f"C{k}", alpha=0.1, lw=0)
             ax.plot(at, np.nanmean(other, axis=1), ":", color=f"C{k}", lw=1)
+        for k, (name, control) in enumerate(self.controls.items()):
+            if "mid" in control.same:
+                some = np.isfinite(control.same["mid"]).any(axis=1)
+                at, mean = control.sigmas[some], np.nanmean(control.same["mid"][some], axis=1)
+                ax.plot(at, mean, "--", color="k", alpha=1 / (k + 1), label=f"mid, {name}")
+        ax.set_title("dotted: with another image; bands: 5-95 % of images", fontsize="small")
         ax.axvline(self.reference, color="0.8", lw=0.8)
         ax.set(xlabel="σ (images in [0, 1])", ylabel=f"cosine with ā at σ = {self.reference:g}")
         ax.legend(frameon=False, ncols=2, fontsize="small")
