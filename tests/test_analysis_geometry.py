@@ -96,12 +96,12 @@ def test_probe_reads_what_is_there():
 
 
 def test_copies_are_told_from_new_images():
-    training = torch.rand(60, 3, 8, 8)
-    heldout = torch.rand(40, 3, 8, 8)
+    images = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    training, heldout, new = images[:60], images[60:160], images[160:]
     copies = (training[[7, 3]] + 0.001).clamp(0, 1)
     result = drawable_and_plain(memorisation(copies, training, heldout))
     assert result.index.tolist() == [7, 3] and result.copies == 1 and not result.shown
-    fresh = memorisation(torch.rand(20, 3, 8, 8), training, heldout)
+    fresh = memorisation(new, training, heldout)
     assert fresh.shown and fresh.copies <= 0.05
     assert not memorisation(copies, training).shown  # nothing to compare with: nothing is shown
 
