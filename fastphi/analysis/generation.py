@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastphi.unet import UNet
 
 Groups = Mapping[str, Sequence[Tensor]]
+_PRIOR_STEPS = 300  # at most; about 200 are needed
 _DRAWS = 4  # of noise, for φ of what was made
 
 
@@ -96,8 +97,8 @@ def generation(
     if len(sizes) != 1 or len(size := next(iter(sizes))) != 3:
         raise ValueError(f"groups: expected images (m, C, H, W) of one size, got {sorted(sizes)}")
     parameter, how, pixels = next(model.parameters()), dict(how or {}), (size[1], size[2])
-    run = fastphi.sample(
-        model, prior, size=pixels, form="schedule", sigmas=sigmas, seed=seed, progress=progress
+    run = fastphi.sample(  # adaptive: on the schedule the denoiser alone ends near the mean image
+        model, prior, size=pixels, seed=seed, max_steps=_PRIOR_STEPS, progress=progress
     )
     unconditional = run.images.float().cpu()
     base = phi_of(model, unconditional.to(parameter), sigma, _DRAWS)
