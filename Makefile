@@ -81,7 +81,7 @@ bench: setup
 # The sanitizers' libraries come first in the process; Python's own leaks are not ours. pytest without
 # `python -m`, which would find the usual build in this folder first.
 SANITIZED := out/sanitize
-LIBRARIES := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+LIBRARIES  = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 ISAS      ?= amx avx512_bf16 avx512 avx2 plain
 
 sanitize: setup

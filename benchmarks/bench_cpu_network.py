@@ -99,7 +99,7 @@ def test_guidance(what: str, steps: int, images: int, size: int, model: UNet, in
     calls["ours bf16"] = reason or (lambda: ours(torch.bfloat16))
     for name, network in encoders.items():
         calls[name] = lambda network=network: guidance(network, x, target, steps)
-    if steps < 100:  # after that many, Adam has spread the rounding of the first gradients
+    if what == "guidance":  # a whole match spreads the rounding of its first gradients
         moved = (ours() - calls["eager"]()).abs()  # type: ignore[operator]
         assert float(moved.median()) < 1e-4
     case = {"what": what, "images": images, "size": size, "steps": steps}

@@ -187,17 +187,11 @@ class CPURunner:
     def _network(self, decoder: bool, low: bool = False) -> tuple[Any, ...]:
         """What unet_fwd wants to know of the model: sizes, and parameters in network order."""
         config = self.model.config
+        parts = ("encoder", "decoder") if decoder else ("encoder",)
+        packed = [tensor for part in parts for tensor in self._parameters(part, low)]
         dec_layers = config.dec_layers if decoder else ()
-        packed = self._parameters("encoder", low)
-        packed = packed + self._parameters("decoder", low) if decoder else packed
-        return (
-            config.channels,
-            config.enc_layers,
-            config.mid_layers,
-            dec_layers,
-            config.eps,
-            packed,
-        )
+        sizes = (config.channels, config.enc_layers, config.mid_layers, dec_layers)
+        return (*sizes, config.eps, packed)
 
     def _parameters(self, part: str, low: bool = False) -> list[Tensor]:
         """Packed parameters of "encoder" (with the middle block), "decoder", or "transposed".

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastphi.rounding import rounded
+from fastphi.rounding import rounded, two_parts
 
 BLOCK = 32  # channels of a block, outputs of a panel
 IMAGE_CHANNELS = 8  # at most: two parts of each fill the 16 columns of a tile
@@ -29,18 +29,14 @@ def first(weight: Tensor) -> Tensor:
     was lost; each in one block of 32 (kernel row, column, channel), or in one for each kernel row."""
     cout, c = weight.shape[:2]
     blocks = 1 if 9 * c <= BLOCK else 3
-    rows = weight.detach().float().permute(0, 2, 3, 1).reshape(cout, blocks, -1)
-    rows = padded(rows).transpose(1, 2)  # (cout, 32, blocks)
-    high = rows.bfloat16()
-    return _tiles(torch.cat([high, high, (rows - high.float()).bfloat16()], dim=2)).flatten()
+    rows = padded(weight.permute(0, 2, 3, 1).reshape(cout, blocks, -1)).transpose(1, 2)
+    high, low = two_parts(rows, torch.bfloat16)  # (cout, 32, blocks)
+    return _tiles(torch.cat([high, high, low], dim=2)).flatten()
 
 
 def last(weight: Tensor) -> Tensor:
     """(C, cin, 3, 3) -> 1-D of (block, tap, pair, 16, 2), bfloat16: columns rounded, then what was lost."""
-    weight = weight.detach().float()
-    high = weight.bfloat16()
-    both = torch.cat([high, (weight - high.float()).bfloat16()])
-    return _tiles(both)[0, :, :, 0].flatten()
+    return _tiles(torch.cat(two_parts(weight, torch.bfloat16)))[0, :, :, 0].flatten()
 
 
 def transposed(weight: Tensor, first: bool) -> Tensor:

@@ -24,6 +24,8 @@ from torch import Tensor
 from fastphi import op_rules
 
 HOW = "build it with: pip install --no-build-isolation -e ."
+# what the runner calls beside the differentiable ops: the latest of it tells an old library
+RUNNER_OPS = ("weights_stamp", "in_large_pages")
 
 
 def _load(name: str) -> str | None:
@@ -48,11 +50,7 @@ def _load_cuda() -> str | None:
 
 def _check_age() -> str | None:
     """What is wrong with a library that was built from older sources."""
-    names = (
-        *op_rules.FAKES_OF_ALL,
-        "weights_stamp",
-        "in_large_pages",
-    )  # the latest of the runner's
+    names = (*op_rules.FAKES_OF_ALL, *RUNNER_OPS)
     lacking = [name for name in names if not hasattr(torch.ops.fastphi, name)]
     return (
         f"the compiled library is older than the package (no {lacking[0]}); {HOW}"

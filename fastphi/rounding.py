@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def two_parts(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights rounded to `dtype`, and what was lost, in `dtype` too: together they have twice its bits."""
+    weight = weight.detach().float()
+    high = weight.to(dtype)
+    return high, (weight - high.float()).to(dtype)
+
+
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A convolution's weights (., ., height, width) in `dtype`; what rounding takes from a tap is carried
     on to the next.

@@ -50,7 +50,7 @@ def patches(shots: Tensor, size: int, n: int, generator: torch.Generator) -> Ten
     return torch.stack([shots[i, :, y : y + size, x : x + size] for i, y, x in places])
 
 
-def network(config: UNetConfig, seed: int, backend: str) -> UNet:
+def network(config: UNetConfig, seed: int, backend: str = "auto") -> UNet:
     """Gains of both signs and biases other than 0, so that no term of a layer is invisible."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -27,17 +27,7 @@ FP32, TF32 = 3e-6, 1e-2
 
 
 def make(config: UNetConfig = CONFIG, seed: int = 0) -> UNet:
-    """Gains of both signs and biases other than 0, so that no term of a layer is invisible."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = UNet(config, backend="cuda")
-        with torch.no_grad():
-            for name, values in model.named_parameters():
-                if name.endswith("bias"):
-                    values.normal_(0, 0.1)
-                elif name.endswith("gamma"):
-                    values.normal_(0.3, 1.0)
-    return model.eval().to(DEVICE)
+    return gpu_case.network(config, seed, backend="cuda").to(DEVICE)
 
 
 @functools.cache

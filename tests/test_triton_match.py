@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import gpu_case
 import pytest
 import torch
 from triton_case import DEVICE, INTERPRETED, need_kernels
@@ -48,24 +49,17 @@ each_network = pytest.mark.parametrize("name", NETWORKS)
 
 @functools.cache
 def network(name: str) -> UNet:
-    """Gains of both signs, a zero, and biases other than 0: no term of a layer is invisible."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = UNet(NETWORKS[name][0])
-        with torch.no_grad():
-            for parameter, values in model.named_parameters():
-                if parameter.endswith("bias"):
-                    values.normal_(0, 0.1)
-                elif parameter.endswith("gamma"):
-                    values.normal_(0.3, 1.0)
-                    values[0] = 0
-    return model.eval().to(DEVICE)
+    """One gain of each layer is 0."""
+    model = gpu_case.network(NETWORKS[name][0], seed=0)
+    with torch.no_grad():
+        for parameter, values in model.named_parameters():
+            if parameter.endswith("gamma"):
+                values[0] = 0
+    return model.to(DEVICE)
 
 
 def exact(model: UNet) -> UNet:
-    double = UNet(model.config).double()
-    double.load_state_dict({k: v.double().cpu() for k, v in model.state_dict().items()})
-    return double.eval()
+    return gpu_case.exact(model).cpu()
 
 
 def case(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 
+import gpu_case
 import numpy as np
 import pytest
 import torch
@@ -57,17 +58,7 @@ FP32, BF16_IMAGE, BF16_MEANS = 1e-6, 1e-2, 7e-3
 
 @functools.cache
 def network(name: str, seed: int = 0) -> UNet:
-    """Gains of both signs and biases other than 0, so that no term of a layer is invisible."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = UNet(NETWORKS[name][0])
-        with torch.no_grad():
-            for parameter, values in model.named_parameters():
-                if parameter.endswith("bias"):
-                    values.normal_(0, 0.1)
-                elif parameter.endswith("gamma"):
-                    values.normal_(0.3, 1.0)
-    return model.eval().to(DEVICE)
+    return gpu_case.network(NETWORKS[name][0], seed).to(DEVICE)
 
 
 def images(name: str, seed: int = 1, n: int | None = None) -> torch.Tensor:
@@ -78,9 +69,7 @@ def images(name: str, seed: int = 1, n: int | None = None) -> torch.Tensor:
 
 def exact(model: UNet) -> reference.ReferenceRunner:
     """The reference of the same weights, in float64 on the CPU."""
-    double = UNet(model.config).double()
-    double.load_state_dict({k: v.double().cpu() for k, v in model.state_dict().items()})
-    return reference.ReferenceRunner(double.eval())
+    return reference.ReferenceRunner(gpu_case.exact(model).cpu())
 
 
 def near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+import gpu_case
 import pytest
 import torch
 from triton_case import DEVICE, INTERPRETED, need_kernels
@@ -47,23 +48,11 @@ OPS = gpu_ops.GPUOps()
 
 @functools.cache
 def network(name: str) -> UNet:
-    """Gains of both signs, and biases other than 0: no term of a gradient is invisible."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = UNet(NETWORKS[name][0])
-        with torch.no_grad():
-            for parameter, values in model.named_parameters():
-                if parameter.endswith("bias"):
-                    values.normal_(0, 0.1)
-                elif parameter.endswith("gamma"):
-                    values.normal_(0.3, 1.0)
-    return model.to(DEVICE)
+    return gpu_case.network(NETWORKS[name][0], seed=0).train().to(DEVICE)
 
 
 def exact(model: UNet) -> UNet:
-    double = UNet(model.config).double()
-    double.load_state_dict({k: v.double().cpu() for k, v in model.state_dict().items()})
-    return double
+    return gpu_case.exact(model).cpu()
 
 
 def case(name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastphi.rounding import two_parts
+
 from . import tiles
 from .box import idle, load_channels, store_outputs
 from .support import (
@@ -125,9 +127,8 @@ def pack_first_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
             f"pack_first_weight: weight has shape {tuple(weight.shape)}, expected (Cout, C, 3, 3)"
             " with C from 1 to 4"
         )
-    rows = weight.detach().permute(0, 2, 3, 1).flatten(1)
-    rounded = rows.to(dtype)
-    packed = torch.stack([rounded, (rows - rounded).to(dtype)][: _parts(dtype)], dim=1)
+    rows = weight.permute(0, 2, 3, 1).flatten(1)
+    packed = torch.stack(two_parts(rows, dtype)[: _parts(dtype)], dim=1)
     return torch.nn.functional.pad(packed, (0, _k(weight.shape[1]) - rows.shape[1])).contiguous()
 
 
