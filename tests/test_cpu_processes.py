@@ -1,0 +1,118 @@
+"""The compiled CPU engine among other processes and threads: Ctrl-C, DataLoader workers, several ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastphi import UNet, UNetConfig, match_phi, ops
+
+pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
+
+SMALL = UNetConfig(channels=(16, 32, 48))
+
+
+def network(config: UNetConfig = SMALL) -> UNet:
+    torch.manual_seed(0)
+    return UNet(config, backend="cpu").eval().requires_grad_(False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as on POSIX")
+def test_ctrl_c_ends_a_match():
+    """A match of hours ends within moments, and leaves the image as it was."""
+    model, x = network(), torch.rand(4, 3, 64, 64)
+    before, target = x.clone(), model.phi(torch.rand(4, 3, 64, 64))
+    ctrl_c = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    ctrl_c.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        match_phi(model, x, target, max_iter=1_000_000, tolerance=0.0)
+    assert time.monotonic() - start < 60  # a million updates take an hour
+    assert torch.equal(x, before)
+    # and the engine serves on
+    assert match_phi(model, x, target, max_iter=2).losses.isfinite().all()
+
+
+def test_the_lock_is_released():
+    """Other Python threads run while C++ matches."""
+    model, x = network(), torch.rand(8, 3, 64, 64)
+    target = model.phi(torch.rand(8, 3, 64, 64))
+    running, times = True, []
+
+    def tick() -> None:
+        while running:
+            times.append(time.monotonic())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.monotonic()
+    match_phi(model, x, target, max_iter=9, tolerance=0.0)  # one call into C++
+    end = time.monotonic()
+    running = False
+    thread.join()
+    inside = [t for t in times if start < t < end]
+    assert len(inside) > 3, f"{len(inside)} turns in {end - start:.3f} s"
+
+
+class Means(Dataset):
+    """φ computed in the worker, as in a pipeline that filters images by it."""
+
+    def __init__(self, model: UNet, images: torch.Tensor) -> None:
+        self.model, self.images = model, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        with torch.no_grad():
+            return self.model.phi(self.images[i : i + 1])[0], torch.get_num_threads()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked")
+def test_in_forked_workers():
+    """After this process has used its threads: in the workers, one each, and the same bits."""
+    model, x = network(), torch.rand(6, 3, 64, 64)
+    want = model.phi(x)
+    loader = DataLoader(
+        Means(model, x), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    found, threads = zip(*loader, strict=True)
+    assert torch.equal(torch.cat(found), want)
+    assert torch.cat(threads).tolist() == [1] * 6
+
+
+RANK = """
+import os, torch
+from fastphi import UNet, UNetConfig
+model = UNet(UNetConfig(channels=(16, 32, 48)), backend="cpu").eval()
+before = len(os.listdir("/proc/self/task"))
+with torch.no_grad():
+    model.phi(torch.rand(8, 3, 64, 64))
+print(os.environ["RANK"], torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
+def test_ranks_share_the_cores(tmp_path):
+    """torchrun gives each rank one thread, and the engine starts no more."""
+    (tmp_path / "rank.py").write_text(RANK)
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*command, str(tmp_path / "rank.py")],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert sorted(run.stdout.splitlines()) == ["0 1 0", "1 1 0"]  # rank, threads, threads started
