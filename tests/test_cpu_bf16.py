@@ -30,8 +30,8 @@ here = pytest.mark.skipif(not BUILD["bf16"], reason="no bfloat16 in the instruct
 # float32: a dozen layers leave a few 1e-3 of a mean over space and under 1e-2 of an image.
 MEANS, IMAGE, GRADIENT, COSINE = 2e-2, 2e-2, 2e-2, 0.9995
 
-# channels, other options, (N, H, W): panels not full, one block and several, one copy and three, units
-# that end within a row, a bias in the up-sampling, grey images, more layers
+# channels, other options, (N, H, W): panels not full, one block and several, images folded into 2, 4, 8
+# and 16 and not, units that end within a row, a bias in the up-sampling, grey images, more layers
 CASES = [
     ((12, 20, 36, 52), {}, (2, 16, 24)),
     ((32, 64), {"upsample_bias": True, "image_channels": 1}, (3, 6, 34)),
@@ -39,6 +39,8 @@ CASES = [
     ((64, 128, 256, 512), {"dec_layers": (2, 1, 1)}, (1, 32, 16)),
     ((4, 70), {"enc_layers": (3,), "upsample_bias": True}, (1, 2, 2)),
     ((40, 8), {"image_channels": 5}, (2, 10, 6)),
+    ((8, 8), {}, (2, 40, 8)),
+    ((8, 8), {}, (1, 64, 2)),
 ]
 
 

@@ -7,8 +7,8 @@
 // Channels come in blocks of 32 (zeros beyond the last), so that 16 pixels of a block are one tile
 // of AMX, rows of 64 bytes one after the other, and any 3x3 tap of them is the same tile elsewhere:
 //   r (N, blocks, plane.block, 32)
-// A unit of work is 32 positions of an image by a panel of 32 output channels. What a unit computes
-// depends on the layer and the image's size alone.
+// A unit of work is 32 positions of an image, two tiles, by a panel of 32 output channels. What a
+// unit computes depends on the layer and the image's size alone.
 #pragma once
 
 #include "kernels.h"
@@ -22,28 +22,36 @@ constexpr i64 BF16_UNIT = 32;                 // positions of a unit
 constexpr i64 BF16_PAIRED = 2 * 16 * 16 * 2;  // weights of a panel, block and tap: (half, pair,
                                               // output, 2)
 
-// Where the pixels of an image lie within a block. Position m = y * pitch + x is computed; pixel
-// (y + i - 1, x + j - 1) that tap (i, j) reads is at m + i * pitch + j, zeros round the image
-// included: pitch = w + 1, for one zero serves as the right border of a row and the left of the
-// next. Small images waste too much on that column: they are stored three times, shifted by a pixel
-// each, pitch = w, and the tap reads copy j at m + i * pitch.
+// Where the pixels of an image lie within a block. Of an image that is not folded, pixel (y, x) is
+// at m = y * pitch + x, and (y + i - 1, x + j - 1) that its tap (i, j) reads at m + i * pitch + j,
+// zeros round the image included: one zero serves as the right border of a row and the left of the
+// next. A tile is 16 pixels of a row. Where rows are no multiple of 16 but `fold` rows are, the
+// image is folded: parts of `rows` rows lie beside each other, pixel by pixel,
+//   row y of part f, column x at m = y * pitch + x * fold + f, pitch = (w + 1) * fold,
+// each between the rows next to it, its neighbours' or zeros. Where that fails too, tiles take
+// all positions as they come, those between two rows as well.
 struct Bf16Plane {
-  i64 h, w, pitch;
-  i64 copy;       // from a copy to the next, or 0
+  i64 h, w;
+  i64 fold, rows, pitch;
+  bool aligned;   // tiles are within rows
   i64 block;      // positions of a block in memory
-  i64 positions;  // to compute
+  i64 positions;  // to compute: the pixels, or all
 };
+
+constexpr i64 BF16_TILE = 16;  // positions
 
 // A unit's last positions may lie beyond its image, and the last image's beyond the memory that is
 // computed: read, and not used.
 constexpr i64 BF16_SLACK = BF16_UNIT * BF16_BLOCK;
 
 static inline Bf16Plane bf16_plane(i64 h, i64 w) {
-  constexpr i64 SMALL = 64;  // pixels
-  const bool copies = h * w <= SMALL;
-  const i64 pitch = copies ? w : w + 1, rows = (h + 2) * pitch;
+  i64 fold = 1;
+  while (fold < BF16_TILE && (w * fold % BF16_TILE || h % fold)) fold *= 2;
+  const bool aligned = w * fold % BF16_TILE == 0 && h % fold == 0;
+  if (!aligned) fold = 1;
+  const i64 rows = h / fold, pitch = (w + 1) * fold;
   return {
-      h, w, pitch, copies ? rows : 0, copies ? 3 * rows : rows + 1, h * pitch - (copies ? 0 : 1)};
+      h, w, fold, rows, pitch, aligned, (rows + 2) * pitch + fold, aligned ? h * w : h * pitch - 1};
 }
 
 static inline i64 bf16_units(const Bf16Plane& p) {

@@ -26,30 +26,26 @@ class Tiles {
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
 
-  // Of each of `count` units, out (32 positions, 32 outputs) = sum over blocks and taps of
-  // a (32 positions, 32) b (32, 32). Two units share the weights of a block while these are in the
-  // first-level cache, their sums waiting there meanwhile. beside() is called for every product:
-  // vector work that the processor does while the matrix unit multiplies. The last unit's sums are
-  // stored by the next call, or by store().
+  // out (32 positions, 32 outputs) = sum over blocks and taps of a (32 positions, 32) b (32, 32),
+  // the blocks in order, or `back`. beside() is called for every product: vector work that the
+  // processor does while the matrix unit multiplies. The sums are stored by the next call, or by
+  // store().
   template <class Beside>
-  void multiply(const Operand* units, int count, const i64* taps, i64 n_taps, i64 blocks,
-                i64 stride, const bf16* b, Beside& beside) {
+  void multiply(const Operand& unit, const i64* taps, i64 n_taps, i64 blocks, i64 stride,
+                const bf16* b, bool back, float* out, Beside& beside) {
     asm volatile("" ::: "memory");  // the loads below do not tell the compiler what they read
-    for (i64 block = 0; block < blocks; ++block, b += n_taps * BF16_PAIRED)
-      for (int u = 0; u < count; ++u) {
-        const bf16* a = units[u].a + block * stride;
-        load(a + taps[0], b);
-        if (block == 0 || count > 1)
-          turn(block > 0 ? units[u].out : nullptr, units[u].out);
+    for (i64 k = 0; k < blocks; ++k) {
+      const i64 block = back ? blocks - 1 - k : k;
+      const bf16 *a = unit.a + block * stride, *weights = b + block * n_taps * BF16_PAIRED;
+      for (i64 t = 0; t < n_taps; ++t, weights += BF16_PAIRED) {
+        load(a + taps[t], unit.second, weights);
+        if (k == 0 && t == 0)
+          turn(out);
         else
           multiply_add();
         beside();
-        for (i64 t = 1; t < n_taps; ++t) {
-          load(a + taps[t], b + t * BF16_PAIRED);
-          multiply_add();
-          beside();
-        }
       }
+    }
   }
 
   void store() {
@@ -62,10 +58,10 @@ class Tiles {
   }
 
  private:
-  static void load(const bf16* a, const bf16* b) {
+  static void load(const bf16* a, i64 second, const bf16* b) {
     _tile_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
-    _tile_loadd(5, a + HALF, 64);
+    _tile_loadd(5, a + second, 64);
     _tile_loadd(7, b + HALF, 64);
   }
 
@@ -76,16 +72,12 @@ class Tiles {
     _tile_dpbf16ps(3, 5, 7);
   }
 
-  // As multiply_add, from one unit's sums to another's, tile by tile, so that the matrix unit need
-  // not wait until all are stored. from: sums to go on with, or null for zeros.
-  void turn(const float* from, float* to) {
+  // As multiply_add, for the first product of a unit: the sums of the last one are stored tile by
+  // tile, so that the matrix unit need not wait until all are.
+  void turn(float* to) {
 #define FASTPHI_TURN(tile, at, positions, weights)  \
   if (sums_) _tile_stored(tile, sums_ + (at), 128); \
-  if (from) {                                       \
-    _tile_loadd(tile, from + (at), 128);            \
-  } else {                                          \
-    _tile_zero(tile);                               \
-  }                                                 \
+  _tile_zero(tile);                                 \
   _tile_dpbf16ps(tile, positions, weights)
     FASTPHI_TURN(0, 0, 4, 6);
     FASTPHI_TURN(1, 16, 4, 7);
@@ -98,23 +90,37 @@ class Tiles {
   float* sums_ = nullptr;  // where the tiles' sums belong, or null
 };
 
-// out (32 positions, 16 outputs)
-void tile_16(const bf16* a, const i64* taps, i64 count, i64 blocks, i64 stride, const bf16* b,
+// out (32 positions, 16 outputs). Taps by turns to two pairs of sums: a product waits for the last
+// one to the same sums longer than it takes.
+void tile_16(const Operand& unit, const i64* taps, i64 count, i64 blocks, i64 stride, const bf16* b,
              float* out) {
+  alignas(64) float more[BF16_UNIT * 16];
   asm volatile("" ::: "memory");
   _tile_zero(0);
+  _tile_zero(1);
   _tile_zero(2);
+  _tile_zero(3);
+  const bf16* a = unit.a;
   for (i64 block = 0; block < blocks; ++block, a += stride)
     for (i64 t = 0; t < count; ++t, b += HALF) {
       const bf16* at = a + taps[t];
       _tile_loadd(6, b, 64);
       _tile_loadd(4, at, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, at + HALF, 64);
-      _tile_dpbf16ps(2, 5, 6);
+      _tile_loadd(5, at + unit.second, 64);
+      if (t % 2) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+      } else {
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 5, 6);
+      }
     }
   _tile_stored(0, out, 64);
-  _tile_stored(2, out + 16 * 16, 64);
+  _tile_stored(1, out + 16 * 16, 64);
+  _tile_stored(2, more, 64);
+  _tile_stored(3, more + 16 * 16, 64);
+  for (i64 i = 0; i < BF16_UNIT * 16; i += 16)
+    _mm512_store_ps(out + i, _mm512_add_ps(_mm512_load_ps(out + i), _mm512_load_ps(more + i)));
 }
 
 #include "bf16_body.h"

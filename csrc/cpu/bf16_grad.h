@@ -6,23 +6,23 @@ class DgradEpilogue {
     i64 n, panel, unit;
     const float* products;  // h (32, 32)
   };
-  explicit DgradEpilogue(const Bf16Dgrad& job) : job_(job), plane_(job.plane) {}
+  explicit DgradEpilogue(const Bf16Dgrad& job) : job_(job), plane_(job.plane), at_(plane_, 0) {}
 
   void begin(const Unit& unit) {
     unit_ = unit;
-    m_ = unit.unit * BF16_UNIT, end_ = min_of(m_ + BF16_UNIT, plane_.positions);
-    x_ = m_ % plane_.pitch;
-    at_ = (unit.n * job_.panels + unit.panel) * plane_.block * BF16_BLOCK + inside(plane_);
+    at_ = Walk(plane_, unit.unit * BF16_UNIT);
+    left_ = min_of(BF16_UNIT, plane_.positions - unit.unit * BF16_UNIT);
+    block_ = (unit.n * job_.panels + unit.panel) * plane_.block * BF16_BLOCK + inside(plane_);
     next_ = unit.products;
     scale_ = _mm512_set1_ps(job_.source.scale[unit.n]);
     dot_ = _mm512_setzero_ps();
   }
-  bool done() const { return m_ == end_; }
+  bool done() const { return left_ == 0; }
   void rows(i64 count) {
-    for (const i64 end = min_of(m_ + count, end_); m_ < end; ++m_, ++x_, next_ += BF16_BLOCK) {
-      if (x_ == plane_.pitch) x_ = 0;
-      if (x_ == plane_.w) continue;
-      const i64 at = at_ + m_ * BF16_BLOCK;
+    count = min_of(count, left_), left_ -= count;
+    for (; count > 0; --count, at_.step(plane_), next_ += BF16_BLOCK) {
+      if (at_.x == plane_.w) continue;
+      const i64 at = block_ + at_.m * BF16_BLOCK;
       const __m512 low = _mm512_load_ps(next_), high = _mm512_load_ps(next_ + 16);
       dot_ = _mm512_fmadd_ps(low, load_bf16(job_.r + at), dot_);
       dot_ = _mm512_fmadd_ps(high, load_bf16(job_.r + at + 16), dot_);
@@ -39,35 +39,34 @@ class DgradEpilogue {
   const Bf16Dgrad& job_;
   const Bf16Plane plane_;
   Unit unit_;
-  i64 m_, end_, x_, at_;
+  Walk at_;
+  i64 left_, block_;
   const float* next_;
   __m512 scale_, dot_;
 };
 
 void dgrad(const Bf16Dgrad& job, i64 begin, i64 end) {
-  alignas(64) float products[2][GROUP][PRODUCTS + ASIDE];
+  alignas(64) float products[2][PRODUCTS + ASIDE];
   Tiles tiles;
   const Taps taps(job.plane);
   const i64 units = bf16_units(job.plane), stride = job.plane.block * BF16_BLOCK;
-  const i64 blocks = job.source.blocks, most = together(blocks);
+  const i64 blocks = job.source.blocks, weights = blocks * 9 * BF16_PAIRED;  // of a panel
   Later<DgradEpilogue> later(job);
+  Ahead ahead;
+  auto beside = [&] { ahead(), later(); };
   int turn = 0;
-  for (i64 panel = 0; panel < job.panels; ++panel)
-    for (i64 i = begin; i < end; i += most, turn ^= 1) {
-      const int count = static_cast<int>(min_of(most, end - i));
-      DgradEpilogue::Unit group[GROUP];
-      Operand operands[GROUP];
-      for (int u = 0; u < count; ++u) {
-        group[u] = {(i + u) / units, panel, (i + u) % units, products[turn][u]};
-        const bf16* image = job.source.r + group[u].n * blocks * stride;
-        operands[u] = {image + group[u].unit * BF16_UNIT * BF16_BLOCK, products[turn][u]};
-      }
-      later.expect(blocks * 9 * count);
-      tiles.multiply(operands, count, taps.at, 9, blocks, stride,
-                     job.packed + panel * blocks * 9 * BF16_PAIRED, later);
+  for (i64 panel = 0; panel < job.panels; ++panel) {
+    const bf16* b = job.packed + panel * weights;
+    if (panel + 1 < job.panels) ahead.begin(b + weights, weights * sizeof(bf16), end - begin);
+    for (i64 i = begin; i < end; ++i, turn ^= 1) {
+      const i64 n = i / units, unit = i % units;
+      const i64 start = Walk(job.plane, unit * BF16_UNIT).m * BF16_BLOCK;
+      tiles.multiply({job.source.r + n * blocks * stride + start, second_tile(job.plane, unit)},
+                     taps.at, 9, blocks, stride, b, unit % 2, products[turn], beside);
       later.flush();
-      later.add(group, count);
+      later.add({n, panel, unit, products[turn]}, blocks * 9);
     }
+  }
   tiles.store();
   later.flush();
 }
@@ -90,9 +89,10 @@ void grad_input(const Bf16GradInput& job, i64 begin, i64 end) {
       own[v] = d ? zero : _mm512_loadu_ps(job.d_image + i * BF16_BLOCK + v * 16);
     }
     for (i64 y = 0; y < plane.h; ++y)
-      for (i64 x = 0; x < plane.w; ++x) {
-        const i64 m = y * plane.pitch + x;
-        const i64 at = (job.spread == Spread::POOL ? y / 2 * from.pitch + x / 2 : m) * BF16_BLOCK;
+      for (Position to = pixel(plane, y, 0); to.x < plane.w; ++to.x, to.m += plane.fold) {
+        const i64 m = to.m;
+        const i64 at =
+            (job.spread == Spread::POOL ? pixel(from, y / 2, to.x / 2).m : m) * BF16_BLOCK;
         for (int v = 0; v < 2; ++v) {
           const __m512 zv = load_bf16(z + m * BF16_BLOCK + v * 16);
           const __m512 dv = d ? _mm512_mul_ps(share, load_bf16(d + at + v * 16)) : own[v];
@@ -102,7 +102,7 @@ void grad_input(const Bf16GradInput& job, i64 begin, i64 end) {
           if (job.coefficient)
             out[v] = _mm512_fmadd_ps(coefficient, _mm512_sub_ps(zv, mean), out[v]);
         }
-        put(plane, dz, m, x, to_bf16(out[0], out[1]));
+        put(plane, dz, to, to_bf16(out[0], out[1]));
       }
   }
 }

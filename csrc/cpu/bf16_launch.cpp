@@ -86,17 +86,10 @@ void bf16_clear_borders(i64 n, const Bf16Hidden& x) {
   auto zero = [&](bf16* block, i64 first, i64 count) {
     std::memset(block + first * BF16_BLOCK, 0, count * BF16_BLOCK * sizeof(bf16));
   };
-  parallel(n * x.blocks(), 64 * p.pitch, [&](i64 begin, i64 end) {
+  parallel(n * x.blocks(), 4 * p.pitch, [&](i64 begin, i64 end) {
     for (i64 i = begin; i < end; ++i) {
       bf16* block = x.r + i * p.block * BF16_BLOCK;
-      const i64 bottom = (p.h + 1) * p.pitch;
-      if (!p.copy) {
-        zero(block, 0, p.pitch + 1), zero(block, bottom, p.pitch + 1);
-        continue;
-      }
-      for (i64 j = 0; j < 3; ++j)
-        zero(block, j * p.copy, p.pitch), zero(block, j * p.copy + bottom, p.pitch);
-      zero(block, p.pitch, 1), zero(block, 2 * p.copy + bottom - 1, 1);
+      zero(block, 0, p.pitch + p.fold), zero(block, (p.rows + 1) * p.pitch, p.pitch + p.fold);
     }
   });
 }

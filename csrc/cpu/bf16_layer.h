@@ -32,56 +32,69 @@ struct Moments {
   }
 };
 
-// Units to multiply together: few weights stay in the first-level cache by themselves; of many, a
-// block does.
-inline i64 together(i64 blocks) { return blocks <= 2 ? 1 : blocks < 16 ? 2 : GROUP; }
-
-// Epilogues of the units computed last, in slices beside the products of the next. An epilogue is
-// begun with a unit and takes rows until it is done.
+// The epilogue of the unit computed last, in slices beside the products of the next. It is begun
+// with a unit, once the unit's sums are stored, and takes rows until it is done.
 template <class Epilogue>
 class Later {
  public:
   template <class Job>
   explicit Later(const Job& job) : epilogue_(job) {}
 
-  void add(const typename Epilogue::Unit* units, int count) {
-    for (int u = 0; u < count; ++u) units_[u] = units[u];
-    next_ = 0, count_ = count, begun_ = false;
-  }
   // `steps` calls of this object are to come
-  void expect(i64 steps) { every_ = wait_ = count_ ? steps * SLICE / (count_ * BF16_UNIT) : steps; }
+  void add(const typename Epilogue::Unit& unit, i64 steps) {
+    unit_ = unit, state_ = WAITS;
+    rows_ = steps * SLICE >= BF16_UNIT ? SLICE : (BF16_UNIT + steps - 1) / steps;
+    every_ = wait_ = steps * rows_ / BF16_UNIT;
+  }
   void operator()() {
-    if (--wait_ > 0) return;
+    if (state_ == DONE || --wait_ > 0) return;
     wait_ = every_;
-    slice();
+    slice(rows_);
   }
   void flush() {
-    while (next_ < count_) slice();
+    if (state_ != DONE) slice(BF16_UNIT);
   }
 
  private:
-  static constexpr i64 SLICE = 2;  // rows
+  static constexpr i64 SLICE = 2;  // rows, at least
+  enum { WAITS, BEGUN, DONE };
 
-  void slice() {
-    if (next_ == count_) return;
-    if (!begun_) epilogue_.begin(units_[next_]);
-    epilogue_.rows(SLICE);
-    begun_ = !epilogue_.done();
-    if (begun_) return;
-    epilogue_.finish();
-    ++next_;
+  void slice(i64 rows) {
+    if (state_ == WAITS) epilogue_.begin(unit_), state_ = BEGUN;
+    epilogue_.rows(rows);
+    if (epilogue_.done()) epilogue_.finish(), state_ = DONE;
   }
 
   Epilogue epilogue_;
-  typename Epilogue::Unit units_[GROUP];
-  int next_ = 0, count_ = 0;
-  bool begun_ = false;
-  i64 every_ = 1, wait_ = 1;
+  typename Epilogue::Unit unit_;
+  int state_ = DONE;
+  i64 rows_ = 0, every_ = 0, wait_ = 0;
+};
+
+// The next panel's weights on their way to the second-level cache while units are multiplied by
+// this one's: a few lines each step, where the processor would fetch them all in the first unit.
+class Ahead {
+ public:
+  void begin(const bf16* weights, i64 bytes, i64 units) {
+    constexpr i64 LINES = BF16_PAIRED * sizeof(bf16) / 64;  // of a step
+    at_ = reinterpret_cast<const char*>(weights), end_ = at_ + bytes;
+    each_ = min_of((LINES + units - 1) / units, MOST) * 64;
+  }
+  void operator()() {
+    if (at_ >= end_) return;
+    for (i64 i = 0; i < each_; i += 64) _mm_prefetch(at_ + i, _MM_HINT_T1);
+    at_ += each_;
+  }
+
+ private:
+  static constexpr i64 MOST = 8;
+  const char *at_ = nullptr, *end_ = nullptr;
+  i64 each_ = 0;
 };
 
 // Products of one or two sources to r_out, statistics and sums, some rows at a time.
-// MORE: z or sums are wanted, or r_out is not.
-template <bool TWO, bool MORE>
+// NORM: with statistics and gain. MORE: z or sums are wanted, or r_out is not.
+template <bool TWO, bool NORM, bool MORE>
 class LayerEpilogue {
  public:
   struct Unit {
@@ -89,13 +102,13 @@ class LayerEpilogue {
     const float* products;  // (sources, 32, 32)
     float scale[2];
   };
-  explicit LayerEpilogue(const Bf16Layer& job) : job_(job), plane_(job.plane) {}
+  explicit LayerEpilogue(const Bf16Layer& job) : job_(job), plane_(job.plane), at_(plane_, 0) {}
 
   void begin(const Unit& unit) {
     unit_ = unit;
     const i64 panel = unit.panel * BF16_BLOCK;
-    m_ = unit.unit * BF16_UNIT, end_ = min_of(m_ + BF16_UNIT, plane_.positions);
-    x_ = m_ % plane_.pitch, pixels_ = 0;
+    at_ = Walk(plane_, unit.unit * BF16_UNIT), pixels_ = 0;
+    left_ = min_of(BF16_UNIT, plane_.positions - unit.unit * BF16_UNIT);
     block_ = job_.r_out
                  ? job_.r_out + (unit.n * job_.panels + unit.panel) * plane_.block * BF16_BLOCK
                  : nullptr;
@@ -103,45 +116,45 @@ class LayerEpilogue {
                       inside(plane_)
                 : nullptr;
     next_ = unit.products;
-    const float* first = x_ < plane_.w ? next_ : next_ + BF16_BLOCK;
+    const float* first = at_.x < plane_.w ? next_ : next_ + BF16_BLOCK;
     for (int v = 0; v < 2; ++v) {
       bias_[v] = _mm512_loadu_ps(job_.bias + panel + v * 16);
-      gamma_[v] = job_.gamma ? _mm512_loadu_ps(job_.gamma + panel + v * 16) : _mm512_set1_ps(1);
-      sums_[v] = _mm512_setzero_ps();
-      moments_.start(v, z(first, v));
+      if (NORM) gamma_[v] = _mm512_loadu_ps(job_.gamma + panel + v * 16);
+      if (MORE) sums_[v] = _mm512_setzero_ps();
+      if (NORM) moments_.start(v, z(first, v));
     }
   }
 
-  bool done() const { return m_ == end_; }
+  bool done() const { return left_ == 0; }
 
   void rows(i64 count) {
     // in registers meanwhile
     Moments moments = moments_;
     __m512 sums[2] = {sums_[0], sums_[1]};
-    i64 m = m_, x = x_;
+    Walk at = at_;
     const float* p = next_;
-    for (const i64 end = min_of(m + count, end_); m < end; ++m, ++x, p += BF16_BLOCK) {
-      if (x == plane_.pitch) x = 0;
-      if (x == plane_.w) continue;
+    count = min_of(count, left_), left_ -= count;
+    for (; count > 0; --count, at.step(plane_), p += BF16_BLOCK) {
+      if (at.x == plane_.w) continue;
       ++pixels_;
       __m512 of[2], r[2];
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         of[v] = z(p, v);
-        moments.add(v, of[v]);
-        r[v] = relu(_mm512_mul_ps(gamma_[v], of[v]));
+        if (NORM) moments.add(v, of[v]);
+        r[v] = relu(NORM ? _mm512_mul_ps(gamma_[v], of[v]) : of[v]);
         if (MORE) sums[v] = _mm512_add_ps(sums[v], r[v]);
       }
-      if (MORE && z_) _mm512_storeu_si512(z_ + m * BF16_BLOCK, to_bf16(of[0], of[1]));
-      if (!MORE || block_) put(plane_, block_, m, x, to_bf16(r[0], r[1]));
+      if (MORE && z_) _mm512_storeu_si512(z_ + at.m * BF16_BLOCK, to_bf16(of[0], of[1]));
+      if (!MORE || block_) put(plane_, block_, at, to_bf16(r[0], r[1]));
     }
-    moments_ = moments, sums_[0] = sums[0], sums_[1] = sums[1], m_ = m, x_ = x, next_ = p;
+    moments_ = moments, sums_[0] = sums[0], sums_[1] = sums[1], at_ = at, next_ = p;
   }
 
   void finish() const {
     const i64 units = bf16_units(plane_), panels = job_.panels;
     const i64 n = unit_.n, panel = unit_.panel, unit = unit_.unit;
-    if (job_.stats)
+    if (NORM)
       moments_.finish(pixels_, min_of(job_.cout - panel * 32, 32),
                       job_.stats + ((n * panels + panel) * units + unit) * 3);
     if (MORE && job_.sums)
@@ -161,7 +174,8 @@ class LayerEpilogue {
   const Bf16Layer& job_;
   const Bf16Plane plane_;
   Unit unit_;
-  i64 m_, end_, x_, pixels_;
+  Walk at_;
+  i64 left_, pixels_;
   bf16 *block_, *z_;
   const float* next_;
   __m512 bias_[2], gamma_[2], sums_[2];
@@ -175,9 +189,10 @@ void first_patches(const Bf16Layer& job, const bf16* image, i64 unit, bf16* to) 
   const i64 c = job.image_channels, row = (job.plane.w + 2) * c, h = job.plane.h, w = job.plane.w;
   const __mmask32 own = ~__mmask32{0} >> (32 - 3 * c);
   for (i64 block = 0; block < 3 / ROWS; ++block) {
-    Pixel at(job.plane, unit * BF16_UNIT);
-    for (i64 p = 0; p < BF16_UNIT; ++p, ++at, to += BF16_BLOCK) {
-      const bf16* from = image + (min_of(at.y, h - 1) + block) * row + min_of(at.x, w - 1) * c;
+    Walk at(job.plane, unit * BF16_UNIT);
+    for (i64 p = 0; p < BF16_UNIT; ++p, at.step(job.plane), to += BF16_BLOCK) {
+      const i64 y = min_of(at.row(job.plane), h - 1);
+      const bf16* from = image + (y + block) * row + min_of(at.x, w - 1) * c;
       // whole vectors, zeros beyond: what is too much is overwritten by the next
 #pragma GCC unroll 3
       for (i64 t = 0; t < ROWS; ++t)
@@ -187,8 +202,10 @@ void first_patches(const Bf16Layer& job, const bf16* image, i64 unit, bf16* to) 
 }
 
 // As of 16 bits: rounded by rounded, then either's rest by the other rounded.
+template <bool MORE>
 void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   constexpr i64 PATCH = 3 * BF16_UNIT * BF16_BLOCK;
+  using Epilogue = LayerEpilogue<false, false, MORE>;
   alignas(64) float products[2][PRODUCTS + ASIDE];
   alignas(64) bf16 patches[2][2 * PATCH + BF16_BLOCK] = {};
   Tiles tiles;
@@ -197,7 +214,7 @@ void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   i64 parts[9];
   for (i64 t = 0; t < 3 * blocks; ++t)
     parts[t] = (t % blocks) * BF16_UNIT * BF16_BLOCK + (t / blocks == 1 ? PATCH : 0);
-  Later<LayerEpilogue<false, true>> later(job);
+  Later<Epilogue> later(job);
   int turn = 0;
   for (i64 i = begin; i < end; ++i) {
     const i64 n = i / units, unit = i % units;
@@ -207,61 +224,63 @@ void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
                    : first_patches<1>)(job, job.image + (part * job.n_images + n) * image, unit,
                                        patch + part * PATCH);
     for (i64 panel = p0; panel < p1; ++panel, turn ^= 1) {
-      const Operand operand{patch, products[turn]};
-      later.expect(3 * blocks);
-      tiles.multiply(&operand, 1, parts, 3 * blocks, 1, 0,
-                     job.packed + panel * 3 * blocks * BF16_PAIRED, later);
+      tiles.multiply({patch, BF16_TILE * BF16_BLOCK}, parts, 3 * blocks, 1, 0,
+                     job.packed + panel * 3 * blocks * BF16_PAIRED, false, products[turn], later);
       later.flush();
-      const LayerEpilogue<false, true>::Unit done{n, panel, unit, products[turn], {1, 0}};
-      later.add(&done, 1);
+      later.add({n, panel, unit, products[turn], {1, 0}}, 3 * blocks);
     }
   }
   tiles.store();
   later.flush();
 }
 
+// Every other unit goes through the weights backwards: those used last are still in the first-level
+// cache.
 template <bool TWO, bool MORE>
 void layer_of(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
-  alignas(64) float products[2][GROUP][(TWO ? 2 : 1) * PRODUCTS + ASIDE];
+  using Epilogue = LayerEpilogue<TWO, true, MORE>;
+  alignas(64) float products[2][(TWO ? 2 : 1) * PRODUCTS + ASIDE];
   Tiles tiles;
   const Taps taps(job.plane);
   const i64 units = bf16_units(job.plane), stride = job.plane.block * BF16_BLOCK;
-  const i64 all = job.source[0].blocks + (TWO ? job.source[1].blocks : 0);
-  const i64 most = together(all);
-  Later<LayerEpilogue<TWO, MORE>> later(job);
+  const i64 own = job.source[0].blocks, all = own + (TWO ? job.source[1].blocks : 0);
+  const i64 weights = all * 9 * BF16_PAIRED;  // of a panel
+  Later<Epilogue> later(job);
+  Ahead ahead;
+  auto beside = [&] { ahead(), later(); };
   int turn = 0;
-  for (i64 first = begin; first < end; first += job.span)
-    for (i64 panel = p0; panel < p1; ++panel)
-      for (i64 i = first, last = min_of(first + job.span, end); i < last; i += most, turn ^= 1) {
-        const int count = static_cast<int>(min_of(most, last - i));
-        const bf16* b = job.packed + panel * all * 9 * BF16_PAIRED;
-        typename LayerEpilogue<TWO, MORE>::Unit group[GROUP];
-        for (int u = 0; u < count; ++u)
-          group[u] = {(i + u) / units, panel, (i + u) % units, products[turn][u], {}};
-        later.expect(all * 9 * count);
-        for (int s = 0; s < (TWO ? 2 : 1); ++s) {
+  for (i64 first = begin; first < end; first += job.span) {
+    const i64 last = min_of(first + job.span, end);
+    for (i64 panel = p0; panel < p1; ++panel) {
+      const bf16* b = job.packed + panel * weights;
+      if (panel + 1 < p1) ahead.begin(b + weights, weights * sizeof(bf16), last - first);
+      for (i64 i = first; i < last; ++i, turn ^= 1) {
+        const i64 n = i / units, unit = i % units;
+        const i64 start = Walk(job.plane, unit * BF16_UNIT).m * BF16_BLOCK;
+        const i64 second = second_tile(job.plane, unit);
+        typename Epilogue::Unit done{n, panel, unit, products[turn], {}};
+        for (int k = 0; k < (TWO ? 2 : 1); ++k) {
+          const int s = TWO && unit % 2 ? 1 - k : k;
           const Bf16Source& from = job.source[s];
-          Operand operands[GROUP];
-          for (int u = 0; u < count; ++u) {
-            const bf16* image = from.r + group[u].n * from.blocks * stride;
-            operands[u] = {image + group[u].unit * BF16_UNIT * BF16_BLOCK,
-                           products[turn][u] + s * PRODUCTS};
-            group[u].scale[s] = from.scale[group[u].n];
-          }
-          tiles.multiply(operands, count, taps.at, 9, from.blocks, stride, b, later);
-          b += from.blocks * 9 * BF16_PAIRED;
+          const bf16* image = from.r + n * from.blocks * stride;
+          done.scale[s] = from.scale[n];
+          tiles.multiply({image + start, second}, taps.at, 9, from.blocks, stride,
+                         b + s * own * 9 * BF16_PAIRED, unit % 2, products[turn] + s * PRODUCTS,
+                         beside);
         }
         later.flush();
-        later.add(group, count);
+        later.add(done, all * 9);
       }
+    }
+  }
   tiles.store();
   later.flush();
 }
 
 void layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
-  if (job.image) return first_layer(job, p0, p1, begin, end);
   const bool two = job.sources > 1, more = job.z || job.sums || !job.r_out;
-  const auto run = two ? (more ? layer_of<true, true> : layer_of<true, false>)
-                       : (more ? layer_of<false, true> : layer_of<false, false>);
+  const auto run = job.image ? (more ? first_layer<true> : first_layer<false>)
+                   : two     ? (more ? layer_of<true, true> : layer_of<true, false>)
+                             : (more ? layer_of<false, true> : layer_of<false, false>);
   run(job, p0, p1, begin, end);
 }

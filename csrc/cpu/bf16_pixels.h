@@ -4,13 +4,11 @@ constexpr i64 PRODUCTS = BF16_UNIT * BF16_BLOCK;
 // Between the sums of two units, so that those stored last and those loaded next do not lie at the
 // same place of a page: the processor would take one for the other, and wait.
 constexpr i64 ASIDE = 512;
-constexpr i64 GROUP = 4;  // units computed together, at most
-
 inline i64 min_of(i64 a, i64 b) { return a < b ? a : b; }
 
 // Where in a block a tap's tile begins, relative to its position.
 inline i64 tap_at(const Bf16Plane& p, i64 i, i64 j) {
-  return (i * p.pitch + j * (p.copy ? p.copy : 1)) * BF16_BLOCK;
+  return (i * p.pitch + j * p.fold) * BF16_BLOCK;
 }
 
 struct Taps {
@@ -34,31 +32,50 @@ inline __m512 relu(__m512 x) {  // keeps NaN, as torch's does
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLT_UQ), x);
 }
 
-// A pixel's 32 channels to its place or places, and zeros where a row ends; m = y * pitch + x.
-inline void put(const Bf16Plane& p, bf16* block, i64 m, i64 x, __m512i value) {
-  const __m512i zero = _mm512_setzero_si512();
-  bf16* at = block + (m + p.pitch) * BF16_BLOCK;
-  if (!p.copy) {
-    _mm512_storeu_si512(at + BF16_BLOCK, value);
-    if (x == p.w - 1) _mm512_storeu_si512(at + 2 * BF16_BLOCK, zero);
-    return;
-  }
-  _mm512_storeu_si512(at + BF16_BLOCK, x == p.w - 1 ? zero : value);
-  at += p.copy * BF16_BLOCK;
-  _mm512_storeu_si512(at, value);
-  at += p.copy * BF16_BLOCK;
-  _mm512_storeu_si512(at - BF16_BLOCK, x == 0 ? zero : value);
+// A position: row y of part f, column x, at m.
+struct Position {
+  i64 y, f, x, m;
+  i64 row(const Bf16Plane& p) const { return f * p.rows + y; }  // of the image
+};
+
+inline Position pixel(const Bf16Plane& p, i64 row, i64 x) {
+  const i64 f = p.fold == 1 ? 0 : row / p.rows, y = row - f * p.rows;
+  return {y, f, x, y * p.pitch + x * p.fold + f};
 }
 
-// A position and its row and column, the border's counted.
-struct Pixel {
-  i64 m, y, x, pitch;
-  Pixel(const Bf16Plane& p, i64 m) : m(m), y(m / p.pitch), x(m % p.pitch), pitch(p.pitch) {}
-  void operator++() {
+// Positions in the order in which they are computed.
+struct Walk : Position {
+  Walk(const Bf16Plane& p, i64 i) {
+    const i64 row = p.aligned ? p.w * p.fold : p.pitch;
+    y = i / row, x = i % row / p.fold, f = i % p.fold;
+    m = y * p.pitch + i % row;
+  }
+  void step(const Bf16Plane& p) {
     ++m;
-    if (++x == pitch) x = 0, ++y;
+    if (++f < p.fold) return;
+    f = 0;
+    if (++x < (p.aligned ? p.w : p.pitch)) return;
+    x = 0, ++y;
+    if (p.aligned) m += p.fold;
   }
 };
+
+// Where a unit's second tile is, relative to the first.
+inline i64 second_tile(const Bf16Plane& p, i64 unit) {
+  return (Walk(p, unit * BF16_UNIT + BF16_TILE).m - Walk(p, unit * BF16_UNIT).m) * BF16_BLOCK;
+}
+
+// A pixel's 32 channels to its place, and where its part ends to the next part's border as well;
+// zeros where a row ends.
+inline void put(const Bf16Plane& p, bf16* block, const Position& at, __m512i value) {
+  bf16* to = block + (p.pitch + p.fold + at.m) * BF16_BLOCK;
+  _mm512_storeu_si512(to, value);
+  if (at.x == p.w - 1) _mm512_storeu_si512(to + p.fold * BF16_BLOCK, _mm512_setzero_si512());
+  if (p.fold == 1) return;
+  const i64 part = (p.rows * p.pitch - 1) * BF16_BLOCK;
+  if (at.y == 0 && at.f > 0) _mm512_storeu_si512(to + part, value);
+  if (at.y == p.rows - 1 && at.f < p.fold - 1) _mm512_storeu_si512(to - part, value);
+}
 
 // Where the image itself begins: position 0.
 inline i64 inside(const Bf16Plane& p) { return tap_at(p, 1, 1); }
