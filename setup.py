@@ -97,6 +97,7 @@ SOURCES = [
     "csrc/cpu/unet_fwd.cpp",
     "csrc/cpu/upsample.cpp",
     "csrc/cpu/winograd.cpp",
+    "csrc/cpu/winograd_weight.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/operators.cpp",

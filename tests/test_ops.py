@@ -110,6 +110,7 @@ LAYERS = [
     (2, 12, 40, 6, 10, 32, True, True, True),
     (1, 3, 70, 20, 0, 36, True, True, True),  # more than a strip of tiles
     (1, 10, 10, 36, 52, 20, True, False, True),
+    (1, 10, 10, 36, 52, 128, True, True, True),  # threads share the transformed input
     (1, 2, 2, 52, 0, 65, True, True, True),
 ]
 

@@ -11,6 +11,7 @@
 #include "../operators.h"
 #include "conv.h"
 #include "launch.h"
+#include "winograd.h"
 
 namespace fastphi {
 
@@ -119,6 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
     launch_layer_grad(grad, need_weight ? mutable_data<T>(d_bias) : nullptr,
                       need_weight && gamma ? mutable_data<T>(d_gamma) : nullptr);
     const i64 cin = k.c1 + k.c2;
+    const bool winograd = winograd_serves<T>(cin);
     auto source_gradients = [&](const Tensor& r, const Tensor& s, i64 c0, i64 c, Tensor& d_r,
                                 Tensor& d_s) {
       if (need_input) {
@@ -127,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
         launch_layer_dgrad<T>({k.n, k.h, k.w, k.cout, c, dz, nullptr, packed, data<T>(r),
                                data<T>(s), mutable_data<T>(d_r), mutable_data<T>(d_s)});
       }
-      if (need_weight) {
+      if (need_weight && !winograd) {
         WeightGradJob<T> job{};
         job.n = k.n, job.h = k.h, job.w = k.w, job.cin = c, job.cout = k.cout, job.taps = 9;
         job.r = data<T>(r), job.scale = data<T>(s), job.d = dz;
@@ -136,6 +138,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
     };
     source_gradients(r, s, 0, k.c1, d_r, d_s);
     if (r2) source_gradients(*r2, *s2, k.c1, k.c2, d_r2, d_s2);
+    if constexpr (sizeof(T) == sizeof(float))
+      if (need_weight && winograd) {
+        ConvJob<T> job{};
+        job.n = k.n, job.h = k.h, job.w = k.w, job.cout = k.cout;
+        job.sources = r2 ? 2 : 1;
+        job.source[0] = {data<T>(r), data<T>(s), nullptr, k.c1};
+        if (r2) job.source[1] = {data<T>(*r2), data<T>(*s2), nullptr, k.c2};
+        run_winograd_weight(job, dz, mutable_data<T>(d_weight));
+      }
   });
   return {d_r, d_s, d_r2, d_s2, d_weight, d_bias, d_gamma};
 }

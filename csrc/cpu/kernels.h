@@ -150,7 +150,24 @@ struct Kernels {
   void (*layer_grad)(const LayerGradJob<T>&, i64 begin, i64 end);  // units (n, band)
 };
 
-// The steps of a Winograd convolution, float alone (winograd_kernel.h).
+// The gradient of a Winograd convolution's weights.
+struct WinogradWeightJob {
+  i64 n, h, w, cin, cout, panels;
+  const float* dz;     // (N, H, W, cout)
+  const float* scale;  // (N,) of the input's only source, or null; two have theirs in v already
+  float* d_weight;     // (cout, cin, 3, 3)
+};
+
+// Some tiles, transformed: the input as v[point * v_pitch + tile * depth + c], dz as d[point *
+// d_pitch + panel's start * tiles + tile * lanes + j]. A unit is `blocks` blocks of channels by
+// `panels` panels, numbered with the panels inside.
+struct WeightPart {
+  i64 tiles, depth, v_pitch, d_pitch, blocks, panels;
+  float *v, *d;
+  bool add;  // to the products of the parts before
+};
+
+// The steps of a Winograd convolution, float alone (winograd_kernel.h, winograd_weight.h).
 struct WinogradKernels {
   void (*pack)(const float* weight, i64 outputs, i64 channels, const WeightStrides&, i64 begin,
                i64 end, float* packed);
@@ -158,6 +175,10 @@ struct WinogradKernels {
                 float* scratch);
   void (*output)(const ConvJob<float>&, i64 first, i64 last, i64 begin, i64 end, i64 tiles,
                  const float* v, i64 pitch, i64 depth, float* m);
+  void (*spread)(const WinogradWeightJob&, i64 first, i64 last, i64 at, const WeightPart&);
+  void (*weights)(const WinogradWeightJob&, const WeightPart&, i64 unit, float* m);
+  void (*taps)(const WinogradWeightJob&, const WeightPart&, i64 unit, float* m, i64 slices,
+               i64 pitch);
 };
 
 // Elements of the scratch that conv and upsample want: a unit's products and the widest edge patch.

@@ -20,6 +20,7 @@ namespace {
 #include "winograd_kernel.h"
 #include "winograd_input.h"
 #include "winograd_output.h"
+#include "winograd_weight.h"
 
 template <class T>
 constexpr Kernels<T> table(const char* isa) {
@@ -38,7 +39,8 @@ extern const Kernels<float> FASTPHI_TABLE(float_,
                                           FASTPHI_ISA) = table<float>(FASTPHI_NAME(FASTPHI_ISA));
 extern const Kernels<double> FASTPHI_TABLE(double_,
                                            FASTPHI_ISA) = table<double>(FASTPHI_NAME(FASTPHI_ISA));
-extern const WinogradKernels FASTPHI_TABLE(winograd_, FASTPHI_ISA) = {winograd_pack, winograd_input,
-                                                                      winograd_output};
+extern const WinogradKernels FASTPHI_TABLE(winograd_, FASTPHI_ISA) = {
+    winograd_pack, winograd_input, winograd_output, winograd_spread, winograd_weights,
+    winograd_taps};
 
 }  // namespace fastphi

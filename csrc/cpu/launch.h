@@ -99,6 +99,7 @@ class KeptBuffer {
   KeptBuffer(const KeptBuffer&) = delete;
   KeptBuffer& operator=(const KeptBuffer&) = delete;
   operator T*() const { return memory(); }
+  T* get() const { return memory(); }
 
  private:
   static Buffer<T>& memory() {

@@ -1,7 +1,7 @@
 // Register tiles: the two inner loops that all convolutions here are made of.
 //
 //   tile         out[p][j] (+)= scale * sum_{run,k} a[p*stride + run*run_stride + k] * b[k][j]
-//   tile_pixels  acc[p][j]  +=  scale * sum_{row,x} a[.. + p] * d[.. + j]
+//   tile_pixels  out[p][j] (+)= scale * sum_{row,x} a[.. + p] * d[.. + j]
 //
 // p < P pixels (or input channels) by j < NV vectors of output channels are held in registers; per
 // step of the sum: P broadcasts, NV vector loads, P*NV multiply-adds. P = 12, NV = 2 fills 24 of
@@ -81,11 +81,12 @@ void tile(const T* __restrict a, i64 stride, i64 runs, i64 run_stride, i64 len,
     }
 }
 
-// a: (rows, row_stride_a) x (len, stride_a) x (P contiguous); d: likewise x (NV*LANES); acc: (P,
+// a: (rows, row_stride_a) x (len, stride_a) x (P contiguous); d: likewise x (NV*LANES); out: (P,
 // NV*LANES)
 template <class T, int P, int NV>
 void tile_pixels(const T* __restrict a, i64 stride_a, i64 row_stride_a, const T* __restrict d,
-                 i64 stride_d, i64 row_stride_d, i64 rows, i64 len, T scale, T* __restrict out) {
+                 i64 stride_d, i64 row_stride_d, i64 rows, i64 len, T scale, T* __restrict out,
+                 bool add) {
   constexpr i64 V = Vec<T>::LANES;
   typename Vec<T>::type acc[P][NV] = {};
   for (i64 row = 0; row < rows; ++row) {
@@ -109,6 +110,6 @@ void tile_pixels(const T* __restrict a, i64 stride_a, i64 row_stride_a, const T*
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
       T* o = out + (p * NV + j) * V;
-      store(o, load(o) + sv * acc[p][j]);
+      store(o, add ? load(o) + sv * acc[p][j] : sv * acc[p][j]);
     }
 }

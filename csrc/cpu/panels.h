@@ -63,10 +63,11 @@ struct PixelsCall {
   i64 stride_d, row_stride_d, rows, len;
   T scale;
   T* out;
+  bool add = true;
   template <int P, int NV>
   void call() const {
     tile_pixels<T, P, NV>(a, stride_a, row_stride_a, d, stride_d, row_stride_d, rows, len, scale,
-                          out);
+                          out, add);
   }
 };
 

@@ -30,9 +30,8 @@ struct Blocks {
 
 class Launch {
  public:
-  explicit Launch(const ConvJob<float>& job) : job_(job), strips_(job.h, job.w) {
-    for (int s = 0; s < job.sources; ++s) channels_ += job.source[s].channels;
-    depth_ = divide_up(channels_, kernels<float>().lanes) * kernels<float>().lanes;
+  explicit Launch(const ConvJob<float>& job)
+      : job_(job), strips_(job.h, job.w), depth_(winograd_depth(job)) {
     total_ = job.n * strips_.per_image;
   }
 
@@ -109,12 +108,22 @@ class Launch {
 
   const ConvJob<float>& job_;
   const Strips strips_;
-  i64 channels_ = 0, depth_, total_;
+  i64 depth_, total_;
 };
 
 }  // namespace
 
 void run_winograd(const ConvJob<float>& job) { Launch(job).run(); }
+
+i64 winograd_depth(const ConvJob<float>& job) {
+  const i64 lanes = kernels<float>().lanes;
+  i64 before = 0, depth = 0;
+  for (int s = 0; s < job.sources; ++s) {
+    depth = before + divide_up(job.source[s].channels, lanes) * lanes;
+    before += job.source[s].channels;
+  }
+  return divide_up(depth, lanes) * lanes;
+}
 
 void pack_winograd(const float* weight, i64 outputs, i64 channels, WeightStrides at,
                    float* packed) {
