@@ -112,6 +112,8 @@ LAYERS = [
     (1, 10, 10, 36, 52, 20, True, False, True),
     (1, 10, 10, 36, 52, 128, True, True, True),  # threads share the transformed input
     (1, 2, 2, 52, 0, 65, True, True, True),
+    (2, 40, 62, 20, 12, 36, True, True, False),  # weight gradient in slices
+    (2, 32, 47, 130, 126, 240, True, True, False),  # and in parts that threads share
 ]
 
 
@@ -201,11 +203,13 @@ def test_relu_keeps_nan():
     assert r_out.isnan().any() and s_out.isnan().all()
 
 
-def test_weight_gradient_over_many_pixels_keeps_its_digits():
-    """131 072 products of the same sign: one float32 sum would lose about 1e-4."""
+@pytest.mark.parametrize(("channels", "tolerance"), [(2, 1e-6), (16, 2e-6)])
+def test_weight_gradient_over_many_pixels_keeps_its_digits(channels, tolerance):
+    """131 072 products of the same sign: one float32 sum would lose about 1e-4. From 16 channels on
+    Winograd's."""
     n, h, w = 8, 128, 128
-    r, d = random(1, n, h, w, 2).abs() + 1, random(2, n, h, w, 3).abs() + 1
-    weight = torch.zeros(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    r, d = random(1, n, h, w, channels).abs() + 1, random(2, n, h, w, 3).abs() + 1
+    weight = torch.zeros(3, channels, 3, 3, dtype=torch.float64, requires_grad=True)
     want = torch.autograd.grad(
         (
             plain_layer(r, torch.ones(n).double(), None, None, weight, None, None, False)[0] * d
@@ -214,7 +218,8 @@ def test_weight_gradient_over_many_pixels_keeps_its_digits():
     )[0]
     leaf = weight.detach().float().requires_grad_()
     r_out, _ = ops.fused_layer(r.float(), torch.ones(n), leaf, None, None, EPS, relu=False)
-    close(torch.autograd.grad((r_out * d.float()).sum(), leaf)[0], want, 1e-6)
+    got = torch.autograd.grad((r_out * d.float()).sum(), leaf)[0]
+    close(got, want, tolerance)
 
 
 # --- the other ops --------------------------------------------------------------------------------
@@ -427,8 +432,11 @@ def everything(a):
     return [*outs[0], *grads.values(), out, *more, ops.spatial_mean(r)]
 
 
-def test_bits_do_not_depend_on_threads():
-    a = layer_arguments(3, 16, 24, 20, 12, 70, True, True)
+@pytest.mark.parametrize(
+    "sizes", [(3, 16, 24, 20, 12, 70), (2, 40, 62, 20, 12, 36), (2, 32, 47, 130, 126, 240)], ids=str
+)
+def test_bits_do_not_depend_on_threads(sizes):
+    a = layer_arguments(*sizes, True, True)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

@@ -40,7 +40,7 @@ extern const Kernels<float> FASTPHI_TABLE(float_,
 extern const Kernels<double> FASTPHI_TABLE(double_,
                                            FASTPHI_ISA) = table<double>(FASTPHI_NAME(FASTPHI_ISA));
 extern const WinogradKernels FASTPHI_TABLE(winograd_, FASTPHI_ISA) = {
-    winograd_pack, winograd_input, winograd_output, winograd_spread, winograd_weights,
-    winograd_taps};
+    winograd_pack,   winograd_input,   winograd_output,
+    winograd_spread, winograd_weights, winograd_taps};
 
 }  // namespace fastphi

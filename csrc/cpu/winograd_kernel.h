@@ -82,27 +82,37 @@ inline void winograd_weight_1d(const double* g, i64 step, double* out, i64 out_s
   out[5 * out_step] = g2;
 }
 
-// Panels [begin, end) of G g G^T: packed[panel][point][channel][lanes], computed in double.
+// Panels [begin, end) of G g G^T: packed[panel][point][channel][lanes], computed in double. Some
+// channels at a time: those of an output are neighbours, in a line of the cache or in the next.
 void winograd_pack(const float* weight, i64 outputs, i64 channels, const WeightStrides& at,
                    i64 begin, i64 end, float* packed) {
+  constexpr i64 STEP = 2 * FLANES, TOGETHER = 16;
+  float taps[TOGETHER][9][STEP] = {};
+  double g[9][STEP], half[18][STEP], u[36][STEP];
   for (i64 index = begin; index < end; ++index) {
     const Panel<float> panel(index, outputs);
-    float* to = packed + panel.start * WINO_POINTS * channels;
-    for (i64 c = 0; c < channels; ++c) {
-      double g[9][2 * FLANES] = {}, half[18][2 * FLANES], u[36][2 * FLANES];
-      const float* from = weight + at.first + panel.start * at.output + c * at.channel;
-      for (i64 o = 0; o < panel.width; ++o)
-        for (i64 tap = 0; tap < 9; ++tap) g[tap][o] = from[o * at.output + tap * at.tap];
-      constexpr i64 STEP = 2 * FLANES;
-      for (i64 x = 0; x < 3; ++x)
-        for (i64 o = 0; o < STEP; ++o)
-          winograd_weight_1d(&g[x][o], 3 * STEP, &half[x][o], 3 * STEP);
-      for (i64 y = 0; y < 6; ++y)
-        for (i64 o = 0; o < STEP; ++o)
-          winograd_weight_1d(&half[3 * y][o], STEP, &u[6 * y][o], STEP);
-      for (i64 point = 0; point < WINO_POINTS; ++point)
-        for (i64 o = 0; o < panel.lanes; ++o)
-          to[(point * channels + c) * panel.lanes + o] = static_cast<float>(u[point][o]);
+    if (panel.width < STEP) std::memset(taps, 0, sizeof taps);
+    for (i64 c0 = 0; c0 < channels; c0 += TOGETHER) {
+      const i64 count = min_of(TOGETHER, channels - c0);
+      for (i64 o = 0; o < panel.width; ++o) {
+        const float* from = weight + at.first + (panel.start + o) * at.output + c0 * at.channel;
+        for (i64 c = 0; c < count; ++c)
+          for (i64 tap = 0; tap < 9; ++tap) taps[c][tap][o] = from[c * at.channel + tap * at.tap];
+      }
+      for (i64 c = 0; c < count; ++c) {
+        for (i64 tap = 0; tap < 9; ++tap)
+          for (i64 o = 0; o < STEP; ++o) g[tap][o] = taps[c][tap][o];
+        for (i64 x = 0; x < 3; ++x)
+          for (i64 o = 0; o < STEP; ++o)
+            winograd_weight_1d(&g[x][o], 3 * STEP, &half[x][o], 3 * STEP);
+        for (i64 y = 0; y < 6; ++y)
+          for (i64 o = 0; o < STEP; ++o)
+            winograd_weight_1d(&half[3 * y][o], STEP, &u[6 * y][o], STEP);
+        float* const to = packed + panel.start * WINO_POINTS * channels + (c0 + c) * panel.lanes;
+        for (i64 point = 0; point < WINO_POINTS; ++point)
+          for (i64 o = 0; o < panel.lanes; ++o)
+            to[point * channels * panel.lanes + o] = static_cast<float>(u[point][o]);
+      }
     }
   }
 }
