@@ -130,7 +130,8 @@ constexpr i64 BF16_IMAGE_CHANNELS = 8;  // at most
 static inline i64 bf16_first_blocks(i64 channels) { return 9 * channels <= BF16_BLOCK ? 1 : 3; }
 
 // Transposed 2x2: out[2y + i][2x + j] = W[i][j] r[y][x]; with a bias times s, plus the bias. Units
-// are (image, panel, tap, unit of the small plane).
+// are (panel, some taps, image, unit of the small plane, one of these taps): their weights of a
+// panel stay in the first-level cache.
 struct Bf16Upsample {
   i64 n, panels;
   Bf16Plane plane, to;
@@ -151,7 +152,7 @@ struct Bf16Kernels {
   // panels [p0, p1) of units [begin, end) of all images
   void (*layer)(const Bf16Layer&, i64 p0, i64 p1, i64 begin, i64 end);
   void (*image)(const Bf16Image&, i64 begin, i64 end);           // (image, unit)
-  void (*upsample)(const Bf16Upsample&, i64 begin, i64 end);     // (image, panel, tap, unit)
+  void (*upsample)(const Bf16Upsample&, i64 begin, i64 end);     // as Bf16Upsample
   void (*pool)(const Bf16Pool&, i64 begin, i64 end);             // (image, block)
   void (*dgrad)(const Bf16Dgrad&, i64 begin, i64 end);           // units of all images
   void (*grad_input)(const Bf16GradInput&, i64 begin, i64 end);  // (image, block)

@@ -6,7 +6,7 @@ class DgradEpilogue {
     i64 n, panel, unit;
     const float* products;  // h (32, 32)
   };
-  explicit DgradEpilogue(const Bf16Dgrad& job) : job_(job), plane_(job.plane), at_(plane_, 0) {}
+  explicit DgradEpilogue(const Bf16Dgrad& job) : job_(job), plane_(job.plane) {}
 
   void begin(const Unit& unit) {
     unit_ = unit;
@@ -60,9 +60,10 @@ void dgrad(const Bf16Dgrad& job, i64 begin, i64 end) {
     if (panel + 1 < job.panels) ahead.begin(b + weights, weights * sizeof(bf16), end - begin);
     for (i64 i = begin; i < end; ++i, turn ^= 1) {
       const i64 n = i / units, unit = i % units;
-      const i64 start = Walk(job.plane, unit * BF16_UNIT).m * BF16_BLOCK;
-      tiles.multiply({job.source.r + n * blocks * stride + start, second_tile(job.plane, unit)},
-                     taps.at, 9, blocks, stride, b, unit % 2, products[turn], beside);
+      const Walk at(job.plane, unit * BF16_UNIT);
+      tiles.multiply(
+          {job.source.r + n * blocks * stride + at.m * BF16_BLOCK, second_tile(job.plane, at)},
+          taps.at, 9, blocks, stride, b, unit % 2, products[turn], beside);
       later.flush();
       later.add({n, panel, unit, products[turn]}, blocks * 9);
     }

@@ -12,23 +12,21 @@ struct Moments {
   }
   // (count, mean, M2) of `pixels` values in each of the first `width` lanes
   void finish(i64 pixels, i64 width, float* out) const {
-    const __m512 share = _mm512_set1_ps(1.0f / static_cast<float>(pixels));
-    const __mmask16 lanes[2] = {static_cast<__mmask16>((1 << min_of(width, 16)) - 1),
-                                static_cast<__mmask16>((1 << (width > 16 ? width - 16 : 0)) - 1)};
-    __m512 mean[2];
-    float total = 0, m2 = 0;
-    for (int v = 0; v < 2; ++v) {
-      mean[v] = _mm512_fmadd_ps(sum[v], share, first[v]);
-      total += _mm512_mask_reduce_add_ps(lanes[v], mean[v]);
-    }
-    const float centre = total / static_cast<float>(width);
+    const float count = static_cast<float>(pixels), lanes = static_cast<float>(width);
+    const __m512 share = _mm512_set1_ps(1 / count), all = _mm512_set1_ps(count);
+    const __mmask16 own[2] = {static_cast<__mmask16>((1 << min_of(width, 16)) - 1),
+                              static_cast<__mmask16>((1 << (width > 16 ? width - 16 : 0)) - 1)};
+    __m512 mean[2], m2[2];
+    for (int v = 0; v < 2; ++v)
+      mean[v] = _mm512_maskz_mov_ps(own[v], _mm512_fmadd_ps(sum[v], share, first[v]));
+    const float centre = _mm512_reduce_add_ps(_mm512_add_ps(mean[0], mean[1])) / lanes;
     for (int v = 0; v < 2; ++v) {
       const __m512 d = _mm512_sub_ps(mean[v], _mm512_set1_ps(centre));
-      const __m512 own = _mm512_fnmadd_ps(_mm512_mul_ps(sum[v], share), sum[v], squares[v]);
-      const __m512 between = _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(pixels)), d);
-      m2 += _mm512_mask_reduce_add_ps(lanes[v], _mm512_fmadd_ps(between, d, own));
+      const __m512 within = _mm512_fnmadd_ps(_mm512_mul_ps(sum[v], share), sum[v], squares[v]);
+      m2[v] = _mm512_maskz_mov_ps(own[v], _mm512_fmadd_ps(_mm512_mul_ps(all, d), d, within));
     }
-    out[0] = static_cast<float>(pixels * width), out[1] = centre, out[2] = m2;
+    out[0] = count * lanes, out[1] = centre;
+    out[2] = _mm512_reduce_add_ps(_mm512_add_ps(m2[0], m2[1]));
   }
 };
 
@@ -56,7 +54,7 @@ class Later {
   }
 
  private:
-  static constexpr i64 SLICE = 2;  // rows, at least
+  static constexpr i64 SLICE = 4;  // rows, at least
   enum { WAITS, BEGUN, DONE };
 
   void slice(i64 rows) {
@@ -102,7 +100,7 @@ class LayerEpilogue {
     const float* products;  // (sources, 32, 32)
     float scale[2];
   };
-  explicit LayerEpilogue(const Bf16Layer& job) : job_(job), plane_(job.plane), at_(plane_, 0) {}
+  explicit LayerEpilogue(const Bf16Layer& job) : job_(job), plane_(job.plane) {}
 
   void begin(const Unit& unit) {
     unit_ = unit;
@@ -128,27 +126,11 @@ class LayerEpilogue {
   bool done() const { return left_ == 0; }
 
   void rows(i64 count) {
-    // in registers meanwhile
-    Moments moments = moments_;
-    __m512 sums[2] = {sums_[0], sums_[1]};
-    Walk at = at_;
-    const float* p = next_;
     count = min_of(count, left_), left_ -= count;
-    for (; count > 0; --count, at.step(plane_), p += BF16_BLOCK) {
-      if (at.x == plane_.w) continue;
-      ++pixels_;
-      __m512 of[2], r[2];
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        of[v] = z(p, v);
-        if (NORM) moments.add(v, of[v]);
-        r[v] = relu(NORM ? _mm512_mul_ps(gamma_[v], of[v]) : of[v]);
-        if (MORE) sums[v] = _mm512_add_ps(sums[v], r[v]);
-      }
-      if (MORE && z_) _mm512_storeu_si512(z_ + at.m * BF16_BLOCK, to_bf16(of[0], of[1]));
-      if (!MORE || block_) put(plane_, block_, at, to_bf16(r[0], r[1]));
-    }
-    moments_ = moments, sums_[0] = sums[0], sums_[1] = sums[1], at_ = at, next_ = p;
+    if (plane_.aligned && plane_.fold == 1)
+      take<true>(count);
+    else
+      take<false>(count);
   }
 
   void finish() const {
@@ -163,6 +145,53 @@ class LayerEpilogue {
   }
 
  private:
+  // PLAIN: neither folded nor positions between rows.
+  template <bool PLAIN>
+  void take(i64 count) {
+    // in registers meanwhile
+    const Bf16Plane& plane = plane_;
+    const i64 w = plane.w;
+    Moments moments = moments_;
+    __m512 sums[2] = {sums_[0], sums_[1]};
+    i64 x = at_.x, m = at_.m;
+    const i64 border = plane.pitch + 1;
+    bf16* const block = block_;
+    const float* p = next_;
+    for (; count > 0; --count, p += BF16_BLOCK) {
+      if (PLAIN || at_.x < plane.w) {
+        ++pixels_;
+        __m512 of[2], r[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          of[v] = z(p, v);
+          if (NORM) moments.add(v, of[v]);
+          r[v] = relu(NORM ? _mm512_mul_ps(gamma_[v], of[v]) : of[v]);
+          if (MORE) sums[v] = _mm512_add_ps(sums[v], r[v]);
+        }
+        if (MORE && z_)
+          _mm512_storeu_si512(z_ + (PLAIN ? m : at_.m) * BF16_BLOCK, to_bf16(of[0], of[1]));
+        if (!MORE || block) {
+          const __m512i value = to_bf16(r[0], r[1]);
+          if (PLAIN) {
+            bf16* to = block + (border + m) * BF16_BLOCK;
+            _mm512_storeu_si512(to, value);
+            if (x == w - 1) _mm512_storeu_si512(to + BF16_BLOCK, _mm512_setzero_si512());
+          } else {
+            put(plane, block, at_, value);
+          }
+        }
+      }
+      if (PLAIN) {
+        ++m;
+        if (++x == w) x = 0, ++m;
+      } else {
+        at_.step(plane);
+      }
+    }
+    moments_ = moments, sums_[0] = sums[0], sums_[1] = sums[1], next_ = p;
+    if (PLAIN) at_.x = x, at_.m = m;
+  }
+
   __m512 z(const float* p, int v) const {
     const __m512 z =
         _mm512_fmadd_ps(_mm512_set1_ps(unit_.scale[0]), _mm512_load_ps(p + v * 16), bias_[v]);
@@ -182,22 +211,27 @@ class LayerEpilogue {
   Moments moments_;
 };
 
-// A unit's 3x3 neighbourhoods, (block, 32 positions, 32), of one part of the images; ROWS of the
-// kernel in a block.
+// A unit's 3x3 neighbourhoods, (part, block, 32 positions, 32), of the image and of its rest; ROWS
+// of the kernel in a block. image: of the first part, the other is `part` further.
 template <int ROWS>
-void first_patches(const Bf16Layer& job, const bf16* image, i64 unit, bf16* to) {
+void first_patches(const Bf16Layer& job, const bf16* image, i64 part, i64 unit, bf16* to) {
   const i64 c = job.image_channels, row = (job.plane.w + 2) * c, h = job.plane.h, w = job.plane.w;
   const __mmask32 own = ~__mmask32{0} >> (32 - 3 * c);
-  for (i64 block = 0; block < 3 / ROWS; ++block) {
-    Walk at(job.plane, unit * BF16_UNIT);
-    for (i64 p = 0; p < BF16_UNIT; ++p, at.step(job.plane), to += BF16_BLOCK) {
-      const i64 y = min_of(at.row(job.plane), h - 1);
-      const bf16* from = image + (y + block) * row + min_of(at.x, w - 1) * c;
-      // whole vectors, zeros beyond: what is too much is overwritten by the next
+  Walk at(job.plane, unit * BF16_UNIT);
+  for (i64 p = 0; p < BF16_UNIT; ++p, at.step(job.plane), to += BF16_BLOCK) {
+    const bf16* pixel = image + min_of(at.row(job.plane), h - 1) * row + min_of(at.x, w - 1) * c;
+#pragma GCC unroll 2
+    for (i64 k = 0; k < 2; ++k, pixel += part)
 #pragma GCC unroll 3
-      for (i64 t = 0; t < ROWS; ++t)
-        _mm512_storeu_si512(to + t * 3 * c, _mm512_maskz_loadu_epi16(own, from + t * row));
-    }
+      for (i64 block = 0; block < 3 / ROWS; ++block) {
+        const bf16* from = pixel + block * row;
+        __m512i patch = _mm512_maskz_loadu_epi16(own, from);
+      // each row's values to where they belong
+#pragma GCC unroll 3
+        for (i64 t = 1; t < ROWS; ++t)
+          patch = _mm512_mask_loadu_epi16(patch, own << t * 3 * c, from + t * (row - 3 * c));
+        _mm512_store_si512(to + (k * 3 + block) * BF16_UNIT * BF16_BLOCK, patch);
+      }
   }
 }
 
@@ -207,7 +241,7 @@ void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   constexpr i64 PATCH = 3 * BF16_UNIT * BF16_BLOCK;
   using Epilogue = LayerEpilogue<false, false, MORE>;
   alignas(64) float products[2][PRODUCTS + ASIDE];
-  alignas(64) bf16 patches[2][2 * PATCH + BF16_BLOCK] = {};
+  alignas(64) bf16 patches[2][2 * PATCH];
   Tiles tiles;
   const i64 units = bf16_units(job.plane), blocks = bf16_first_blocks(job.image_channels);
   const i64 image = (job.plane.h + 2) * (job.plane.w + 2) * job.image_channels;
@@ -219,10 +253,8 @@ void first_layer(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
   for (i64 i = begin; i < end; ++i) {
     const i64 n = i / units, unit = i % units;
     bf16* patch = patches[i % 2];
-    for (i64 part = 0; part < 2; ++part)
-      (blocks == 1 ? first_patches<3>
-                   : first_patches<1>)(job, job.image + (part * job.n_images + n) * image, unit,
-                                       patch + part * PATCH);
+    (blocks == 1 ? first_patches<3> : first_patches<1>)(job, job.image + n * image,
+                                                        job.n_images * image, unit, patch);
     for (i64 panel = p0; panel < p1; ++panel, turn ^= 1) {
       tiles.multiply({patch, BF16_TILE * BF16_BLOCK}, parts, 3 * blocks, 1, 0,
                      job.packed + panel * 3 * blocks * BF16_PAIRED, false, products[turn], later);
@@ -256,15 +288,15 @@ void layer_of(const Bf16Layer& job, i64 p0, i64 p1, i64 begin, i64 end) {
       if (panel + 1 < p1) ahead.begin(b + weights, weights * sizeof(bf16), last - first);
       for (i64 i = first; i < last; ++i, turn ^= 1) {
         const i64 n = i / units, unit = i % units;
-        const i64 start = Walk(job.plane, unit * BF16_UNIT).m * BF16_BLOCK;
-        const i64 second = second_tile(job.plane, unit);
+        const Walk at(job.plane, unit * BF16_UNIT);
+        const i64 second = second_tile(job.plane, at);
         typename Epilogue::Unit done{n, panel, unit, products[turn], {}};
         for (int k = 0; k < (TWO ? 2 : 1); ++k) {
           const int s = TWO && unit % 2 ? 1 - k : k;
           const Bf16Source& from = job.source[s];
           const bf16* image = from.r + n * from.blocks * stride;
           done.scale[s] = from.scale[n];
-          tiles.multiply({image + start, second}, taps.at, 9, from.blocks, stride,
+          tiles.multiply({image + at.m * BF16_BLOCK, second}, taps.at, 9, from.blocks, stride,
                          b + s * own * 9 * BF16_PAIRED, unit % 2, products[turn] + s * PRODUCTS,
                          beside);
         }

@@ -10,7 +10,7 @@ void image(const Bf16Image& job, i64 begin, i64 end) {
     const i64 n = i / units, start = i % units * BF16_UNIT;
     Walk at(plane, start);
     const bf16* a = job.source.r + n * job.source.blocks * stride + at.m * BF16_BLOCK;
-    tile_16({a, second_tile(plane, i % units)}, taps.at, 9, job.source.blocks, stride, job.packed,
+    tile_16({a, second_tile(plane, at)}, taps.at, 9, job.source.blocks, stride, job.packed,
             products);
     float* out = job.out + n * c * plane.h * plane.w;
     const float s = job.source.scale[n];
@@ -29,7 +29,8 @@ class UpsampleEpilogue {
     i64 n, tap, panel, unit;
     const float* products;  // (32, 32)
   };
-  explicit UpsampleEpilogue(const Bf16Upsample& job) : job_(job), at_(job.plane, 0) {}
+  explicit UpsampleEpilogue(const Bf16Upsample& job)
+      : job_(job), plain_(job.plane.aligned && job.plane.fold == 1 && job.to.fold == 1) {}
 
   void begin(const Unit& unit) {
     const i64 start = unit.unit * BF16_UNIT, panel = unit.panel * BF16_BLOCK;
@@ -42,19 +43,38 @@ class UpsampleEpilogue {
   }
   bool done() const { return left_ == 0; }
   void rows(i64 count) {
-    const Bf16Plane plane = job_.plane, to = job_.to;
     count = min_of(count, left_), left_ -= count;
+    if (plain_) return plain(count);
+    const Bf16Plane plane = job_.plane, to = job_.to;
     for (; count > 0; --count, at_.step(plane), next_ += BF16_BLOCK) {
       if (at_.x == plane.w) continue;
-      put(to, block_, pixel(to, 2 * at_.row(plane) + tap_ / 2, 2 * at_.x + tap_ % 2),
-          to_bf16(_mm512_fmadd_ps(s_, _mm512_load_ps(next_), bias_[0]),
-                  _mm512_fmadd_ps(s_, _mm512_load_ps(next_ + 16), bias_[1])));
+      put(to, block_, pixel(to, 2 * at_.row(plane) + tap_ / 2, 2 * at_.x + tap_ % 2), value(next_));
     }
   }
   void finish() const {}
 
  private:
+  __m512i value(const float* p) const {
+    return to_bf16(_mm512_fmadd_ps(s_, _mm512_load_ps(p), bias_[0]),
+                   _mm512_fmadd_ps(s_, _mm512_load_ps(p + 16), bias_[1]));
+  }
+  // Neither image is folded, and no positions lie between rows: as above, one after the other.
+  void plain(i64 count) {
+    const i64 w = job_.plane.w, pitch = job_.to.pitch;
+    const float* p = next_;
+    i64 x = at_.x;
+    bf16* to = block_ + ((2 * at_.y + tap_ / 2 + 1) * pitch + 2 * x + tap_ % 2 + 1) * BF16_BLOCK;
+    for (; count > 0; --count, p += BF16_BLOCK, to += 2 * BF16_BLOCK) {
+      _mm512_storeu_si512(to, value(p));
+      if (++x < w) continue;
+      if (tap_ % 2) _mm512_storeu_si512(to + BF16_BLOCK, _mm512_setzero_si512());
+      x = 0, ++at_.y, to += 2 * (pitch - w) * BF16_BLOCK;
+    }
+    at_.x = x, next_ = p;
+  }
+
   const Bf16Upsample& job_;
+  const bool plain_;
   Walk at_;
   i64 left_, tap_;
   const float* next_;
@@ -63,18 +83,20 @@ class UpsampleEpilogue {
 };
 
 void upsample(const Bf16Upsample& job, i64 begin, i64 end) {
-  alignas(64) float products[2][PRODUCTS];
+  alignas(64) float products[2][PRODUCTS + ASIDE];
   Tiles tiles;
   const i64 units = bf16_units(job.plane), stride = job.plane.block * BF16_BLOCK;
   const i64 centre = inside(job.plane), blocks = job.source.blocks;
+  const i64 taps = blocks <= 4 ? 4 : blocks <= 8 ? 2 : 1;  // whose weights fit together
   Later<UpsampleEpilogue> later(job);
   for (i64 i = begin; i < end; ++i) {
-    const i64 unit = i % units, tap = i / units % 4, panel = i / units / 4 % job.panels;
-    const i64 n = i / units / 4 / job.panels;
+    const i64 unit = i / taps % units, n = i / taps / units % job.n;
+    const i64 group = i / taps / units / job.n, panel = group * taps / 4;
+    const i64 tap = group * taps % 4 + i % taps;
     const bf16* image = job.source.r + n * blocks * stride;
-    const i64 start = Walk(job.plane, unit * BF16_UNIT).m * BF16_BLOCK;
-    tiles.multiply({image + start, second_tile(job.plane, unit)}, &centre, 1, blocks, stride,
-                   job.packed + (tap * job.panels + panel) * blocks * BF16_PAIRED, false,
+    const Walk at(job.plane, unit * BF16_UNIT);
+    tiles.multiply({image + at.m * BF16_BLOCK, second_tile(job.plane, at)}, &centre, 1, blocks,
+                   stride, job.packed + (tap * job.panels + panel) * blocks * BF16_PAIRED, unit % 2,
                    products[i % 2], later);
     later.flush();
     later.add({n, tap, panel, unit, products[i % 2]}, blocks);

@@ -28,8 +28,8 @@ inline __m512 load_bf16(const bf16* p) {
   return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-inline __m512 relu(__m512 x) {  // keeps NaN, as torch's does
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLT_UQ), x);
+inline __m512 relu(__m512 x) {                   // keeps NaN, as torch's does
+  return _mm512_max_ps(_mm512_setzero_ps(), x);  // the second where either is NaN
 }
 
 // A position: row y of part f, column x, at m.
@@ -45,10 +45,12 @@ inline Position pixel(const Bf16Plane& p, i64 row, i64 x) {
 
 // Positions in the order in which they are computed.
 struct Walk : Position {
+  Walk() = default;
   Walk(const Bf16Plane& p, i64 i) {
     const i64 row = p.aligned ? p.w * p.fold : p.pitch;
-    y = i / row, x = i % row / p.fold, f = i % p.fold;
-    m = y * p.pitch + i % row;
+    y = i / row, m = i - y * row;
+    x = p.fold == 1 ? m : m / p.fold, f = m - x * p.fold;
+    m += y * p.pitch;
   }
   void step(const Bf16Plane& p) {
     ++m;
@@ -60,9 +62,10 @@ struct Walk : Position {
   }
 };
 
-// Where a unit's second tile is, relative to the first.
-inline i64 second_tile(const Bf16Plane& p, i64 unit) {
-  return (Walk(p, unit * BF16_UNIT + BF16_TILE).m - Walk(p, unit * BF16_UNIT).m) * BF16_BLOCK;
+// Where the second tile of the unit that begins there is, relative to the first.
+inline i64 second_tile(const Bf16Plane& p, const Position& at) {
+  const bool ends = p.aligned && at.x * p.fold + BF16_TILE == p.w * p.fold;
+  return (BF16_TILE + (ends ? p.fold : 0)) * BF16_BLOCK;
 }
 
 // A pixel's 32 channels to its place, and where its part ends to the next part's border as well;
