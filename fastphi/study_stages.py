@@ -58,7 +58,15 @@ def _selectivity(s: Study) -> Result:
 def _channels(s: Study) -> Result:
     sigma, few = s.settings.sigma, s.images.batch(s.few)
     others = {s.settings.other: s.store.array(s.settings.other)}
-    return channels(s.phi, model=s.model, images=few, others=others, sigma=sigma)
+    return channels(
+        s.phi,
+        model=s.model,
+        images=few,
+        others=others,
+        sigma=sigma,
+        untrained=(s.fresh_phi, s.fresh),
+        seed=s.settings.seed,
+    )
 
 
 def _subspaces(s: Study) -> Result:
@@ -150,11 +158,13 @@ def _divergence(s: Study) -> Result:
         phi_sigma=s.settings.other,
         seed=s.settings.seed,
         progress=s.progress,
+        controls={"untrained": s.fresh},
     )
 
 
 def _noise_level(s: Study) -> Result:
-    return noise_level(s.model, s.images.batch(s.few[:16]), seed=s.settings.seed)
+    images = s.images.batch(s.few[:16])
+    return noise_level(s.model, images, seed=s.settings.seed, controls={"untrained": s.fresh})
 
 
 def _probe(s: Study) -> Result | None:
@@ -167,7 +177,7 @@ def _small(s: Study) -> dict[str, np.ndarray]:
 
 
 def _shifts(s: Study) -> Result:
-    return shifts(s.model, s.images.batch(s.few[:64]))
+    return shifts(s.model, s.images.batch(s.few[:64]), controls={"untrained": s.fresh})
 
 
 def _decoding(s: Study) -> Result:

@@ -19,7 +19,7 @@ from fastphi.analysis.divergence import conditional_divergence, divergence, inte
 from fastphi.analysis.generation import Generation, generation
 from fastphi.analysis.likeness import likeness
 from fastphi.analysis.location import decode_objects, decode_position, dots, shifts
-from fastphi.analysis.noise_level import noise_level
+from fastphi.analysis.noise_level import NoiseLevel, noise_level
 
 
 def test_block_maps_have_the_block_means(make_model):
@@ -96,14 +96,26 @@ def test_channel_statistics_of_a_network(make_model):
     model, images = make_model(), torch.rand(20, 3, 16, 16)
     phi = model.phi(images).detach()
     result = drawable_and_plain(
-        channels(phi, model=model, images=images, others={0.1: phi * 2}, sigma=0.1)
+        channels(
+            phi,
+            model=model,
+            images=images,
+            others={0.1: phi * 2},
+            sigma=0.1,
+            untrained=(phi, model),
+        )
     )
+    assert list(result.controls) == ["Gaussian", "untrained"]
+    np.testing.assert_array_equal(result.controls["untrained"].spatial, result.spatial)
+    np.testing.assert_array_equal(result.controls["untrained"].frequency, result.frequency)
+    assert not len(result.controls["Gaussian"].spatial)
     np.testing.assert_allclose(result.noise[np.isfinite(result.noise)], 1)
     assert len(result.correlations) == 6 and not result.shown
 
 
 def test_structureless_channels_are_not_shown():
-    assert not channels(structureless(d=60)).shown
+    result = channels(structureless(d=60))
+    assert not result.shown and not result.controls["Gaussian"].shown
 
 
 def test_planted_heavy_tails_are_found():
@@ -112,6 +124,7 @@ def test_planted_heavy_tails_are_found():
     phi = 0.002 + (rng.random((2000, 60)) < rare) * rng.random((2000, 60))
     result = channels(phi)
     assert result.as_expected == {"kurtosis": True} and result.shown
+    assert not result.controls["Gaussian"].shown
 
 
 # --- location -------------------------------------------------------------------------------------
@@ -131,8 +144,14 @@ def test_position_is_decoded_where_it_is_planted():
 
 def test_shifts_and_dots(make_model):
     model = make_model()
-    result = drawable_and_plain(shifts(model, torch.rand(6, 3, 16, 16)))
+    images = torch.rand(6, 3, 16, 16)
+    result = drawable_and_plain(shifts(model, images, controls={"twin": model}))
     assert result.shifts == (1, 2, 4, 8) and list(result.change) == list(model.config.block_names)
+    np.testing.assert_array_equal(result.controls["twin"], result.change["mid"])
+    # noise that is shifted is other noise
+    np.testing.assert_allclose(result.controls["pixels"], 1, atol=0.1)
+    still = shifts(model, images[:, :, :, :1].expand(-1, -1, -1, 16)).controls["pixels"]
+    assert not still.any()
     x, places = dots(32, 50)
     assert x.shape == (50, 3, 32, 32) and places.shape == (50, 2)
     darkest = np.stack(np.unravel_index(x[:, 0].flatten(1).argmin(1).numpy(), (32, 32)), axis=1)
@@ -177,7 +196,9 @@ def test_conditional_divergence_of_a_network(make_model):
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images[1] *= 0.3  # darker, so that their φ differ by more than the noise does
     images[2] = images[0]  # the same condition: no divergence between the two
-    result = conditional_divergence(make_model(), images, paths=2, steps=4, max_iter=5, draws=40)
+    model, options = make_model(), {"paths": 2, "steps": 4, "max_iter": 5, "draws": 40}
+    result = conditional_divergence(model, images, **options, controls={"twin": model})
+    np.testing.assert_array_equal(result.controls["twin"], result.distance)
     assert result.pairs.tolist() == [[0, 1], [0, 2], [1, 2]]
     assert len(result.sigmas) == 4 and (result.squared >= 0).all()
     assert result.distance[1] < result.distance[0]
@@ -194,11 +215,24 @@ def test_divergence_refuses():
 
 
 def test_noise_level_is_measured_before_and_after(make_model):
+    model = make_model()
     result = drawable_and_plain(
-        noise_level(make_model(), torch.rand(3, 3, 8, 8), (0.1, 0.5), max_iter=3)
+        noise_level(model, torch.rand(3, 3, 8, 8), (0.1, 0.5), max_iter=3, controls={"twin": model})
     )
     assert result.before.shape == result.after.shape == (2, 3)
     assert (result.loss_ratio <= 1.5).all()
+    np.testing.assert_array_equal(result.controls["twin"].after, result.after)
+
+
+def test_noise_level_is_shown_where_matching_keeps_it():
+    rng = np.random.default_rng(0)
+    before = 0.2 + 0.01 * rng.normal(size=(3, 16))
+    matched, unmatched = np.full((3, 16), 0.1), np.ones((3, 16))
+    assert NoiseLevel((0.1, 0.2, 0.4), before, 1.01 * before, matched).shown
+    assert not NoiseLevel((0.1, 0.2, 0.4), before, before, unmatched).shown  # nothing was matched
+    # structureless: what comes out knows nothing of what went in
+    after = 0.2 + 0.05 * rng.normal(size=(3, 16))
+    assert not NoiseLevel((0.1, 0.2, 0.4), before, after, matched).shown
 
 
 def test_copies_are_alike_and_noise_is_not(make_model):
@@ -209,6 +243,9 @@ def test_copies_are_alike_and_noise_is_not(make_model):
     assert result.keeps_layout and result.varied and result.layout.mean() > 0.9
     random = likeness(model, smooth, torch.rand(6, 4, 3, 32, 32))
     assert not random.keeps_layout and not random.shown
+    # a Gaussian of the pixels' mean and standard deviation
+    gaussian = smooth.mean() + smooth.std() * torch.randn(6, 4, 3, 32, 32)
+    assert not likeness(model, smooth, gaussian).shown
     copies = likeness(model, smooth, smooth[:, None].expand(-1, 4, -1, -1, -1))
     assert copies.keeps_phi and not copies.varied and not copies.shown
     with pytest.raises(ValueError, match="targets, samples: expected"):

@@ -112,6 +112,11 @@ def test_sparsity_with_controls(make_model):
     assert not result.shown
 
 
+def test_structureless_sparsity_is_not_shown(make_model):
+    means = {b: structureless(d=c) for b, c in (("enc1", 4), ("enc2", 6), ("mid", 8), ("dec2", 6))}
+    assert not sparsity(means, make_model()).shown
+
+
 def test_sparsity_is_shown_where_it_was_planted(make_model):
     """Constant means: PR 1 out of the encoder, one channel of many out of middle and decoder."""
     noise = np.random.default_rng(0).random((30, 8)) * 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastphi import data
-from fastphi.analysis.common import Result, finite, new_axes
+from fastphi.analysis.common import Result, finite, gaussian_like, new_axes
 from fastphi.analysis.selectivity import channel_ratios
 from fastphi.analysis.sparsity import participation_ratio
 
@@ -40,7 +40,8 @@ class Channels(Result):
     over places, mean over images. dimension: PR of the eigenvalues of its maps' covariance, over the
     number of places. frequency, orientation: PR of its response to gratings, over frequencies (at the
     best orientation) and over orientations (at the best frequency). noise: correlation over images of
-    φ_c(σ) with φ_c of `phi`, told without a verdict. What was not measured is empty.
+    φ_c(σ) with φ_c of `phi`, told without a verdict. What was not measured is empty. controls: the same
+    of other networks, and of the Gaussian with φ's mean and covariance.
     shown: of the statistics measured, each one's rank correlation with selectivity goes the way of
     `EXPECTED`, with p < 0.01; and the specialised channels' median kurtosis is above 1 (in a sample of
     any distribution, chance makes some correlation of kurtosis with PR).
@@ -53,6 +54,7 @@ class Channels(Result):
     frequency: np.ndarray
     orientation: np.ndarray
     noise: np.ndarray
+    controls: Mapping[str, Channels] = field(default_factory=dict)
 
     @property
     def correlations(self) -> dict[str, tuple[float, float]]:
@@ -101,7 +103,14 @@ class Channels(Result):
     def plot(self, ax: Axes | None = None, which: str = "kurtosis") -> Axes:
         ax = new_axes(ax)
         rho, p = self.correlations[which]
-        ax.plot(self.selectivity, getattr(self, which), ".", ms=4)
+        for k, (name, control) in enumerate(self.controls.items()):
+            if len(values := getattr(control, which)):
+                ax.plot(
+                    control.selectivity, values, "x", ms=3, color=f"C{k + 1}", alpha=0.5, label=name
+                )
+        ax.plot(self.selectivity, getattr(self, which), ".", ms=4, color="C0", label="φ")
+        if len(ax.lines) > 1:
+            ax.legend(frameon=False, fontsize="x-small")
         ax.set(xlabel="PR over images (small: specialised)", ylabel=which)
         ax.set_title(f"Spearman ρ = {rho:.2f}, p = {p:.1g}", fontsize="small")
         if which == "kurtosis":
@@ -118,14 +127,34 @@ def channels(
     block: str = "mid",
     sigma: float = 0.0,
     size: int | None = None,
+    untrained: tuple[Any, UNet] | None = None,
+    seed: int = 0,
 ) -> Channels:
-    """The statistics of Fig. 13 of every channel.
+    """The statistics of Fig. 13 of every channel, and of the controls'.
 
     phi: (N, C) at one σ. model, images: for spatial statistics, of `block`'s maps of the noisy images
     (`sigma`, one draw), and for the tuning. others: {σ: (N, C)} φ of the same images at other levels,
     whose mean correlation with `phi` is `noise`. size: of the gratings, in pixels (default: the
-    images', or 64).
+    images', or 64). untrained: φ (N, C) of the same images by an untrained network, and the network. The
+    Gaussian of φ's mean and covariance (`seed`) has selectivity and kurtosis alone.
     """
+    own = _measured(phi, model, images, others, block, sigma, size)
+    controls = {"Gaussian": _measured(gaussian_like(phi, seed))}
+    if untrained is not None:
+        theirs, network = untrained
+        controls["untrained"] = _measured(theirs, network, images, None, block, sigma, size)
+    return replace(own, controls=controls)
+
+
+def _measured(
+    phi: Any,
+    model: UNet | None = None,
+    images: Any = None,
+    others: Mapping[float, Any] | None = None,
+    block: str = "mid",
+    sigma: float = 0.0,
+    size: int | None = None,
+) -> Channels:
     phi = finite(phi)
     empty = np.empty(0)
     spatial = dimension = frequency = orientation = noisy = empty

@@ -151,13 +151,15 @@ def conditional_divergence(
     phi_sigma: float = 0.5,
     seed: int = 0,
     progress: bool = False,
+    controls: Mapping[str, UNet] | None = None,
 ) -> Divergence:
     """d² between the densities conditioned on φ of K images, all K(K−1)/2 pairs (Fig. 8, eq. 4).
 
     The score difference of conditions 1 and 2 at x_σ is (D(m₁(x_σ)) − D(m₂(x_σ)))/σ², D the denoiser,
     m_k the match to φ_k(σ). Paths follow the schedule form from the top of the training range, at most
     1, to `last` in `steps` levels, which are also those of the quadrature. images: (K, C, H, W) in
-    [0, 1]; paths: per image.
+    [0, 1]; paths: per image. controls: name → another network, whose ‖φ₁ − φ₂‖² is one; the pixels'
+    always is.
     """
     from fastphi.reconstruction import reconstruct
     from fastphi.targets import from_images
@@ -186,16 +188,16 @@ def conditional_divergence(
         callback=observe,
         progress=progress,
     )
-    phi = base.phi(phi_sigma).double().cpu().numpy()
-    pixels = x.double().flatten(1).cpu().numpy()
-    distances = [((rows[pairs[:, 0]] - rows[pairs[:, 1]]) ** 2).sum(1) for rows in (phi, pixels)]
+    spaces = {"φ": base.phi(phi_sigma), "pixels": x.flatten(1)}
+    for name, network in (controls or {}).items():
+        spaces[name] = from_images(network, x, draws, seed=seed).phi(phi_sigma)
+    apart = {
+        name: (rows[pairs[:, 0]] - rows[pairs[:, 1]]).square().sum(1).cpu().numpy()
+        for name, rows in ((name, rows.double()) for name, rows in spaces.items())
+    }
+    distance = apart.pop("φ")
     return divergence(
-        levels,
-        np.array(squares),
-        distances[0],
-        pairs=pairs,
-        phi_sigma=phi_sigma,
-        controls={"pixels": distances[1]},
+        levels, np.array(squares), distance, pairs=pairs, phi_sigma=phi_sigma, controls=apart
     )
 
 

@@ -26,39 +26,59 @@ class Shifts(Result):
     """Change of ā when an image is shifted, over its change from image to image: {block: (shifts,)}.
 
     shifts: pixels, wrapped round at the borders. 0: ā does not notice; 1: as much as another image.
+    controls: {name: (shifts,)}, of the pixels, and of other networks' middle blocks.
     """
 
     shifts: tuple[int, ...]
     change: Mapping[str, np.ndarray]
+    controls: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
         return {
             "shifts": list(self.shifts),
             "change": {b: v.tolist() for b, v in self.change.items()},
+            "controls": {name: v.tolist() for name, v in self.controls.items()},
         }
 
     def plot(self, ax: Axes | None = None) -> Axes:
         ax = new_axes(ax)
         for block, values in self.change.items():
             ax.plot(self.shifts, values, "o-", label=block, lw=2.5 if block == "mid" else 1.2)
+        for name, values in self.controls.items():
+            ax.plot(self.shifts, values, "x--", label=name, lw=1)
         ax.set(xlabel="shift (pixels)", ylabel="change of ā / change between images")
         ax.legend(frameon=False, fontsize="small")
         return ax
 
 
-def shifts(model: UNet, images: Any, by: tuple[int, ...] = (1, 2, 4, 8, 16, 32)) -> Shifts:
-    """Change of every block's ā under circular shifts to the right, of clean images (N, C, H, W)."""
+def shifts(
+    model: UNet,
+    images: Any,
+    by: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
+    *,
+    controls: Mapping[str, UNet] | None = None,
+) -> Shifts:
+    """Change of every block's ā under circular shifts to the right, of clean images (N, C, H, W).
+
+    controls: name → another network, an untrained one for instance. The pixels are always one.
+    """
     opened = data.open_images(images)
     x = opened.batch(np.arange(len(opened)))
     by = tuple(s for s in by if s < opened.shape[2])
-    start = _means(model, x)
-    moved = [_means(model, x.roll(s, dims=3)) for s in by]
-    change = {}
-    for block, a in start.items():
-        other = np.linalg.norm(a - np.roll(a, max(len(a) // 2, 1), axis=0), axis=1).mean()
-        own = [np.linalg.norm(m[block] - a, axis=1).mean() for m in moved]
-        change[block] = np.array(own) / other if other > 0 else np.full(len(by), np.nan)
-    return Shifts(by, change)
+    moved = [x, *(x.roll(s, dims=3) for s in by)]
+    found = {"pixels": _change([m.flatten(1).numpy() for m in moved])}
+    for name, network in (controls or {}).items():
+        found[name] = _change([_means(network, m)["mid"] for m in moved])
+    each = [_means(model, m) for m in moved]
+    return Shifts(by, {b: _change([means[b] for means in each]) for b in each[0]}, found)
+
+
+def _change(rows: list[np.ndarray]) -> np.ndarray:
+    """Mean distance of each of the later rows (N, C) from the first, over that between two images."""
+    first, *later = rows
+    other = np.linalg.norm(first - np.roll(first, max(len(first) // 2, 1), axis=0), axis=1).mean()
+    own = [np.linalg.norm(m - first, axis=1).mean() for m in later]
+    return np.array(own) / other if other > 0 else np.full(len(later), np.nan)
 
 
 @dataclass(frozen=True)

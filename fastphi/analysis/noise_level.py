@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +24,14 @@ class NoiseLevel(Result):
 
     loss_ratio: (levels, N) the matching loss after over before. shown (Fig. 20): at every level the
     median of |after/before − 1| is at most 5 %, and matching did move φ (median loss ratio <= 0.5).
+    controls: the same of other networks, each matching its own φ.
     """
 
     sigmas: tuple[float, ...]
     before: np.ndarray
     after: np.ndarray
     loss_ratio: np.ndarray
+    controls: Mapping[str, NoiseLevel] = field(default_factory=dict)
 
     @property
     def change(self) -> np.ndarray:
@@ -51,6 +54,18 @@ class NoiseLevel(Result):
             ax.plot(
                 self.sigmas, values.mean(axis=1), "o-" if name == "before" else "x--", label=name
             )
+        for k, (name, control) in enumerate(self.controls.items()):
+            for values, mark in ((control.before, "o-"), (control.after, "x--")):
+                label = name if mark == "o-" else None
+                ax.plot(
+                    self.sigmas,
+                    values.mean(axis=1),
+                    mark,
+                    color=f"C{k + 2}",
+                    lw=0.8,
+                    ms=3,
+                    label=label,
+                )
         ends = [min(self.sigmas), max(self.sigmas)]
         ax.plot(ends, ends, color="0.8", zorder=0)
         ax.set(xlabel="σ (images in [0, 1])", ylabel="σ̂ estimated", xscale="log", yscale="log")
@@ -66,12 +81,24 @@ def noise_level(
     seed: int = 0,
     max_iter: int = 100,
     target: Any = None,
+    controls: Mapping[str, UNet] | None = None,
 ) -> NoiseLevel:
     """σ̂ of noisy images, and of the same after matching to other images' φ at that level.
 
     images: (N, C, H, W) in [0, 1], N >= 2; each is matched to the next one's φ, of one draw of
-    noise, unless `target` (N, C) gives φ*.
+    noise, unless `target` (N, C) gives φ*. controls: name → another network, an untrained one for
+    instance, of the same channels.
     """
+    networks = [model, *(controls or {}).values()]
+    own, *theirs = (
+        _noise_level(network, images, sigmas, seed, max_iter, target) for network in networks
+    )
+    return replace(own, controls=dict(zip(controls or (), theirs, strict=True)))
+
+
+def _noise_level(
+    model: UNet, images: Any, sigmas: tuple[float, ...], seed: int, max_iter: int, target: Any
+) -> NoiseLevel:
     parameter = next(model.parameters())
     x = torch.as_tensor(images).to(parameter)
     validate.images(x, model.config)
@@ -89,7 +116,8 @@ def noise_level(
             rows["before"].append(estimate(model, noisy))
             rows["after"].append(estimate(model, match.x))
             rows["ratio"].append((match.last / match.first).double().cpu().numpy())
-    return NoiseLevel(tuple(sigmas), *(np.array(v) for v in rows.values()))
+    before, after, ratio = (np.array(v) for v in rows.values())
+    return NoiseLevel(tuple(sigmas), before, after, ratio)
 
 
 def estimate(model: UNet, x: torch.Tensor) -> np.ndarray:
