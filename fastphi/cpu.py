@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -203,9 +204,7 @@ class CPURunner:
             names = [name for b in reversed(blocks) for name in (f"up{b}", f"dec{b}")]
         else:
             names = [*(f"enc{b}" for b in blocks), "mid"]
-        each = ((name, self.model.get_submodule(name)) for name in names)
-        mine: dict[str, Tensor]
-        mine = {n: p for name, block in each for n, p in block.named_parameters(prefix=name)}
+        mine = {n: p for name in names for n, p in _named(name, getattr(self.model, name))}
         stamp = torch.ops.fastphi.weights_stamp(list(mine.values()))
         key = (stamp, *((p.data_ptr(), _version(p), p.dtype) for p in mine.values()))
         name = f"{part} bf16" if low else part
@@ -256,6 +255,16 @@ class CPURunner:
             rest.append([cpu_bf16.padded(p) for p in both])
         joined = zip(cpu_bf16.together(kernels), rest, strict=True)
         return [part for kernel, both in joined for part in (kernel, *both)]
+
+
+def _named(name: str, block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A block's parameters, as its `named_parameters` (which takes as long as a layer)."""
+    for kind, p in block._parameters.items():
+        if p is not None:
+            yield f"{name}.{kind}", p
+    for child, module in block._modules.items():
+        if module is not None:
+            yield from _named(f"{name}.{child}", module)
 
 
 def _own(layer: str, weight: Tensor) -> int:

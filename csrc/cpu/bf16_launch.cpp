@@ -24,18 +24,20 @@ float widened(bf16 x) {
   return value;
 }
 
-// Merged as (count, mean, M2) in the order of the units: sum z^2 - (sum z)^2/n cancels.
+// The mean first, then the deviations from it, in the order of the units: sum z^2 - (sum z)^2/n
+// cancels.
 void merge_statistics(const Bf16Layer& job, double eps, float* s_out, Bf16Moments moments) {
   const i64 units = job.panels * bf16_units(job.plane);
   parallel(job.n, 32 * units, [&](i64 begin, i64 end) {
     for (i64 n = begin; n < end; ++n) {
-      double count = 0, mean = 0, m2 = 0;
-      for (i64 u = n * units; u < (n + 1) * units; ++u) {
-        const double more = job.stats[3 * u], delta = job.stats[3 * u + 1] - mean;
-        const double share = more / (count + more);
-        mean += delta * share;
-        m2 += job.stats[3 * u + 2] + delta * delta * count * share;
-        count += more;
+      const float *first = job.stats + 3 * n * units, *last = first + 3 * units;
+      double count = 0, sum = 0, m2 = 0;
+      for (const float* u = first; u < last; u += 3)
+        count += u[0], sum += static_cast<double>(u[0]) * u[1];
+      const double mean = sum / count;
+      for (const float* u = first; u < last; u += 3) {
+        const double delta = u[1] - mean;
+        m2 += u[2] + u[0] * delta * delta;
       }
       const double std = std::sqrt(m2 / count);
       s_out[n] = static_cast<float>(1 / (std + eps));

@@ -9,6 +9,17 @@
 
 namespace fastphi {
 
+namespace {
+
+// Where value i of a tensor lies, in elements.
+i64 place_of(const Tensor& p, i64 i) {
+  i64 at = 0;
+  for (i64 d = p.dim(); d-- > 0; i /= p.sizes()[d]) at += i % p.sizes()[d] * p.strides()[d];
+  return at;
+}
+
+}  // namespace
+
 Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed) {
   check_tensor(weight, "weight", 4);
   const i64 cout = weight.sizes()[0], cin = weight.sizes()[1];
@@ -56,22 +67,32 @@ Tensor in_large_pages(Tensor x) {
 }
 
 // A number that changes with the weights, from a few values of each tensor: an optimiser or an
-// average that writes through `.data` leaves torch's own version counter as it was.
+// average that writes through `.data` leaves torch's own version counter as it was. All are fetched
+// before any is looked at, since none of them is in a cache.
 int64_t weights_stamp(std::vector<Tensor> parameters) {
-  constexpr i64 samples = 16;
-  uint64_t stamp = 0;
+  constexpr i64 SAMPLES = 16;
+  struct Sample {
+    const unsigned char* at;
+    i64 size;
+  };
+  std::vector<Sample> samples;
+  samples.reserve(parameters.size() * SAMPLES);
   for (const Tensor& p : parameters) {
     const i64 n = p.numel(), size = static_cast<i64>(p.element_size());
     const auto* bytes = static_cast<const unsigned char*>(p.const_data_ptr());
-    for (i64 k = 0; k < std::min(samples, n); ++k) {
-      i64 rest = n > samples ? k * (n - 1) / (samples - 1) : k, at = 0;
-      for (i64 d = p.dim(); d-- > 0; rest /= p.sizes()[d])
-        at += rest % p.sizes()[d] * p.strides()[d];
-      uint64_t value = 0;
-      std::memcpy(&value, bytes + at * size, std::min<i64>(size, sizeof value));
-      stamp = (stamp ^ value) * 0x9e3779b97f4a7c15u;  // Fibonacci hashing
-      stamp ^= stamp >> 29;
+    const bool dense = p.is_contiguous();
+    for (i64 k = 0; k < std::min(SAMPLES, n); ++k) {
+      const i64 i = n > SAMPLES ? k * (n - 1) / (SAMPLES - 1) : k;
+      samples.push_back({bytes + (dense ? i : place_of(p, i)) * size, std::min<i64>(size, 8)});
+      __builtin_prefetch(samples.back().at);
     }
+  }
+  uint64_t stamp = 0;
+  for (const Sample& sample : samples) {
+    uint64_t value = 0;
+    std::memcpy(&value, sample.at, sample.size);
+    stamp = (stamp ^ value) * 0x9e3779b97f4a7c15u;  // Fibonacci hashing
+    stamp ^= stamp >> 29;
   }
   return static_cast<int64_t>(stamp);
 }
