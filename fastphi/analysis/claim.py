@@ -45,6 +45,8 @@ def median(values: Any) -> float:
 def with_error(values: Any) -> str:
     values = np.asarray(values, np.float64)
     values = values[np.isfinite(values)]
+    if not len(values):
+        return "none"
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return f"{values.mean():.3f} ± {error:.3f}"
 
