@@ -74,7 +74,10 @@ def cell(case: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
     said = f"{1e3 * median:.4g} ms"
     if case is not ours and ours is not None:
         said += f", {case['seconds']['median'] / ours['seconds']['median']:.2f}×"
-        said += f" ({case['seconds']['min'] / ours['seconds']['min']:.2f}×)"
+        if (
+            min(case["seconds"]["min"], ours["seconds"]["min"]) > 0
+        ):  # of a difference it may be anything
+            said += f" ({case['seconds']['min'] / ours['seconds']['min']:.2f}×)"
     elif "flops" in case:
         said += f", {case['flops'] / median / 1e9:.0f} GFLOP/s"
     return said + (f", error {case['error']:.0e}" if "error" in case else "")
