@@ -108,8 +108,8 @@ def extract(
         batch: images at a time; the result does not depend on it.
         workers: processes; the result does not depend on them.
         device: cpu or cuda.
-        dtype: to compute in: auto is the model's own; bfloat16 is what GPUs, and CPUs with AMX or
-            AVX512_BF16, are fast in.
+        dtype: to compute in: auto is the model's own; bfloat16 is what GPUs, and CPUs with AMX, are
+            fast in; with AVX512_BF16 alone float32 is faster.
         backend: the engine; auto takes the fastest that can serve.
     """
     import torch

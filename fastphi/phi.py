@@ -67,7 +67,7 @@ def extract(
         then needs the usual `if __name__ == "__main__":`); its threads are divided among them.
     indices: only these images, one row each, in this order; default: all.
     dtype: to compute in: the model's own (default), or torch.bfloat16, what GPUs (and CPUs with
-        AMX or AVX512_BF16) are fast in. φ is float32 all the same.
+        AMX) are fast in; with AVX512_BF16 alone float32 is faster. φ is float32 all the same.
 
     Raises ValueError or TypeError before any work for bad input, or a store in `out` that is of
     another model, data set or setting; FloatingPointError where φ has NaN or Inf.
