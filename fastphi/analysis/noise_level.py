@@ -69,6 +69,8 @@ class NoiseLevel(Result):
         ends = [min(self.sigmas), max(self.sigmas)]
         ax.plot(ends, ends, color="0.8", zorder=0)
         ax.set(xlabel="σ (images in [0, 1])", ylabel="σ̂ estimated", xscale="log", yscale="log")
+        ax.set_xticks(self.sigmas, [f"{s:g}" for s in self.sigmas])
+        ax.minorticks_off()
         ax.legend(frameon=False)
         return ax
 
