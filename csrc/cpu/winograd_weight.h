@@ -14,9 +14,9 @@
 // several parts read again.
 //
 // Measured, 8 images, 2 threads (multiply-adds alone at 474 GFLOP/s): 64->64 @64 3.2 ms (1.3),
-// 128->128 @32 3.7 (1.3), 256->256 @16 3.4 (1.3), 512->512 @8 3.5 (1.3); summed over pixels directly
-// they took 8.2, 6.8, 7.7 and 12.2. Error against float64, largest element over largest: 9e-7 to
-// 1.6e-6 (directly 2e-7).
+// 128->128 @32 3.7 (1.3), 256->256 @16 3.4 (1.3), 512->512 @8 3.5 (1.3); summed over pixels
+// directly they took 8.2, 6.8, 7.7 and 12.2. Error against float64, largest element over largest:
+// 9e-7 to 1.6e-6 (directly 2e-7).
 //
 // Sums: a part's tiles in registers, parts in float, slices (winograd_weight.cpp) in float, all in
 // order and cut by the images' number and size alone. Included by kernels_body.h inside an
