@@ -27,15 +27,20 @@ def network(config: UNetConfig = SMALL) -> UNet:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as on POSIX")
 def test_ctrl_c_ends_a_match():
-    """A match of hours ends within moments, and leaves the image as it was."""
+    """A match of minutes ends within moments, and leaves the image as it was."""
+    # which a parent may have had ignored: a shell does for what it starts in the background
+    before_test = signal.signal(signal.SIGINT, signal.default_int_handler)
     model, x = network(), torch.rand(4, 3, 64, 64)
     before, target = x.clone(), model.phi(torch.rand(4, 3, 64, 64))
     ctrl_c = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     ctrl_c.start()
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        match_phi(model, x, target, max_iter=1_000_000, tolerance=0.0)
-    assert time.monotonic() - start < 60  # a million updates take an hour
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            match_phi(model, x, target, max_iter=20_000, tolerance=0.0)
+    finally:
+        signal.signal(signal.SIGINT, before_test)
+    assert time.monotonic() - start < 30
     assert torch.equal(x, before)
     # and the engine serves on
     assert match_phi(model, x, target, max_iter=2).losses.isfinite().all()
