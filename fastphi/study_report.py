@@ -168,9 +168,9 @@ def _likeness(report: Report, heading: str, study: Study, result: Any, text: str
 
 
 _MADE_OF = {
-    "clusters": "members of two clusters, and samples from their centroid in φ",
-    "classes": "images of two labelled classes, and samples from their centroid in φ",
-    "pairs": "two images, and samples from the union of their features (the larger of the two, "
+    "clusters": "Members of two clusters, and samples from their centroid in φ",
+    "classes": "Images of two labelled classes, and samples from their centroid in φ",
+    "pairs": "Two images, and samples from the union of their features (the larger of the two, "
     "channel by channel)",
 }
 
