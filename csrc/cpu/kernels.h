@@ -3,8 +3,8 @@
 // header includes nothing that could emit code: an inline function compiled for AVX-512 must never
 // be the copy that the linker keeps for everyone.
 //
-// Activations are NHWC and dense. A unit of work is (panel of output channels, image row), numbered
-// panel-major; a unit's result does not depend on which other units share its thread or its batch.
+// Activations are NHWC and dense. A unit of work is (panel of output channels, image row); its result
+// does not depend on which other units share its thread or its batch.
 #pragma once
 
 #include <cstdint>

@@ -86,17 +86,19 @@ struct Panel {
   const T* weights(const T* packed, i64 k) const { return packed + start * k; }
 };
 
+// The first `count` lanes of v.
+template <class T>
+inline void store_first(T* to, typename Vec<T>::type v, i64 count) {
+  if (count == Vec<T>::LANES) return store(to, v);
+  for (i64 i = 0; i < count; ++i) to[i] = v[i];
+}
+
 // out[x*pitch + j] = products[x][j], j < width
 template <class T>
 void copy_out(const T* products, i64 w, const Panel<T>& panel, T* out, i64 pitch) {
   constexpr i64 V = Vec<T>::LANES;
   for (i64 x = 0; x < w; ++x)
-    for (i64 j = 0; j < panel.nv; ++j) {
-      const T* from = products + (x * panel.nv + j) * V;
-      T* to = out + x * pitch + j * V;
-      if (j * V + V <= panel.width)
-        store(to, load(from));
-      else
-        for (i64 i = 0; i < panel.width - j * V; ++i) to[i] = from[i];
-    }
+    for (i64 j = 0; j < panel.nv; ++j)
+      store_first(out + x * pitch + j * V, load(products + (x * panel.nv + j) * V),
+                  min_of(V, panel.width - j * V));
 }
