@@ -181,6 +181,7 @@ void launch_layer_dgrad(const DgradJob<T>& d) {
   job.sources = 1;
   job.source[0] = {d.input, nullptr, nullptr, d.cout};
   job.grad = d.grad, job.r_out = d.d_r, job.dot_with = d.r, job.out_scale = d.scale;
+  job.dot_raw = d.raw, job.gamma = d.gamma;
   bind_weights(job, d.packed);
   const i64 units = units_per_image(job);
   Buffer<T> dots(d.d_s ? d.n * units : 0);

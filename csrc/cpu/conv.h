@@ -37,7 +37,8 @@ template <class T>
 void launch_layer_fwd(ConvJob<T> job, const T* packed, T eps, T* mean, T* std, T* s_out, T* means);
 
 // d_r (N, H, W, C) = scale * h and d_s (N,) = sum h * r, where h = convT(dz): packed is the
-// transposed pack. scale, r, d_s null: d_r = h alone, the gradient of a first layer's image.
+// transposed pack. scale, r, d_s null: d_r = h alone, the gradient of a first layer's image. raw: r
+// is z, of which it is ReLU(gamma z); Winograd's alone.
 template <class T>
 struct DgradJob {
   i64 n, h, w, cout, c;
@@ -46,6 +47,8 @@ struct DgradJob {
   const T* packed;
   const T *r, *scale;  // (N, H, W, C), (N,)
   T *d_r, *d_s;
+  bool raw;
+  const T* gamma;
 };
 
 template <class T>

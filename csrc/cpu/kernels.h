@@ -20,6 +20,9 @@ struct Source {
   const T* scale;   // (N,) or null for 1
   const T* packed;  // see conv.h
   i64 channels;
+  // Winograd's alone, of one source: r is the z that r was to be made of, ReLU(gamma z)
+  bool raw;
+  const T* gamma;  // (channels) or null for 1
 };
 
 // How the gradient of a layer's output reaches the pixels that the layer's convolution made.
@@ -80,6 +83,7 @@ struct ConvJob {
   T* r_out;            // (N, H, W, cout) or null
   T* stats;            // (units, 2): mean and sum of squared deviations of a unit; or null
   const T* dot_with;   // (N, H, W, cout) or null: dgrad; dots receives sum(h * dot_with) of a unit
+  bool dot_raw;        // Winograd's alone: sum(h * ReLU(gamma dot_with))
   T* dots;             // (units)
   const T* out_scale;  // (N,) or null: r_out = out_scale * h (dgrad)
   // Winograd's alone; its units are (strip, panel), those of the direct kernel (image row, panel)

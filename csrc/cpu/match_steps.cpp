@@ -1,7 +1,7 @@
 // Algorithm 2, some iterations in one call: per image i, Adam on the pixels of
 //   L_i(x) = sum_c weight_c (phi_c(x) - target_ic)^2,  phi = spatial mean of the middle block,
-// stopping once L_i <= tolerance * L_i(first). Forward keeps z and r of every layer, backward is
-// that of csrc/README.md down to the image; weights get no gradient. Images that have stopped take
+// stopping once L_i <= tolerance * L_i(first). Forward keeps z of every layer, and its pool, backward
+// is that of csrc/README.md down to the image; weights get no gradient. Images that have stopped take
 // no further part, and no image's result depends on the others. Per 3x64x64 image of the default
 // network and iteration: 3.95 GFLOP.
 #include "../operators.h"
@@ -17,9 +17,10 @@ template <class T>
 struct LayerState {
   i64 h, w, cin, cout;
   bool to_pool;  // the next layer reads its pooled output
+  bool raw;      // r is not kept: the next layer makes it of z
   Buffer<T> z, r, s, mean, std, pool;
 
-  const T* output() const { return to_pool ? pool : r; }
+  const T* output() const { return to_pool ? pool : raw ? z : r; }
 };
 
 // Memory of an iteration, kept from call to call: fresh pages would cost as much as a layer each.
@@ -39,7 +40,10 @@ struct EncoderSpace {
         l.h = h >> b, l.w = w >> b, l.cin = cin, l.cout = plan.channels[b];
         l.to_pool = b < plan.blocks() && i == count - 1;
         const i64 size = n * l.h * l.w * l.cout;
-        l.z.reserve(size), l.r.reserve(size), l.s.reserve(n), l.mean.reserve(n), l.std.reserve(n);
+        // the layer that follows, if not through a pool, has as many outputs
+        l.raw = i < count - 1 && winograd_serves<T>(l.cout);
+        l.z.reserve(size), l.s.reserve(n), l.mean.reserve(n), l.std.reserve(n);
+        if (!l.raw) l.r.reserve(size);
         if (l.to_pool) l.pool.reserve(size / 4);
         largest = std::max(largest, l.h * l.w * l.cout);
       }
@@ -91,10 +95,12 @@ class Encoder {
       ConvJob<T> job{};
       job.n = n, job.h = l.h, job.w = l.w, job.cout = l.cout, job.sources = 1;
       job.source[0] = {r, s, nullptr, l.cin};
+      if (k > 0 && layers_[k - 1].raw)
+        job.source[0].raw = true, job.source[0].gamma = convs_[k - 1].gamma;
       job.bias = convs_[k].bias, job.gamma = convs_[k].gamma, job.relu = true;
       job.z = l.z, job.pool = l.to_pool ? l.pool.get() : nullptr;
       const bool last = k + 1 == layers_.size(), only = last || l.to_pool;
-      job.r_out = only && winograd_serves<T>(l.cin) ? nullptr : l.r.get();
+      job.r_out = l.raw || (only && winograd_serves<T>(l.cin)) ? nullptr : l.r.get();
       launch_layer_fwd<T>(job, convs_[k].packed, eps_, l.mean, job.gamma ? l.std.get() : nullptr,
                           l.s, last ? mean_.get() : nullptr);
       if (!job.gamma) std::fill_n(l.s.get(), n, T(1));
@@ -144,6 +150,7 @@ class Encoder {
     if (k > 0) {
       const LayerState<T>& below = layers_[k - 1];
       job.r = below.output(), job.scale = below.s, job.d_s = d_s_;
+      job.raw = below.raw, job.gamma = convs_[k - 1].gamma;
     }
     job.d_r = k > 0 ? d_r_next_ : image_;
     launch_layer_dgrad<T>(job);

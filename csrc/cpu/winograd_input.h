@@ -1,5 +1,5 @@
-// winograd_input: B^T d B of the tiles of some strips; d is r, a scaled r of two sources, or a
-// gradient made where it is read. Included by kernels_body.h inside an
+// winograd_input: B^T d B of the tiles of some strips; d is r, a scaled r of two sources, or r or a
+// gradient made of z where it is read. Included by kernels_body.h inside an
 // anonymous namespace, after winograd_kernel.h.
 
 // Pixels of a 6x6 patch: lanes from channel c on.
@@ -8,6 +8,18 @@ struct PlainPatch {
   template <bool FULL>
   FVec get(int pixel, i64 c, i64 count) const {
     return load_lanes<FULL>(at[pixel] + c, count);
+  }
+};
+
+// ReLU(gamma z): the layer before has kept z alone
+struct RawPatch {
+  const float* at[WINO_POINTS];
+  const float* gamma;
+  template <bool FULL>
+  FVec get(int pixel, i64 c, i64 count) const {
+    const FVec g = gamma ? load_lanes<FULL>(gamma + c, count) : splat(1.0f), zero = {};
+    const FVec r = g * load_lanes<FULL>(at[pixel] + c, count);
+    return zero > r ? zero : r;
   }
 };
 
@@ -124,7 +136,12 @@ void winograd_input(const ConvJob<float>& job, i64 first, i64 last, float* v, i6
       float* out = v;
       for (int s = 0; s < job.sources; out += job.source[s++].channels) {
         const Source<float>& source = job.source[s];
-        if (job.sources == 1) {
+        if (source.raw) {
+          RawPatch patch;
+          find_patch(source.r, job, n, y, x, source.channels, 0, zeros, patch.at);
+          patch.gamma = source.gamma;
+          transform_patch(patch, source.channels, out, pitch);
+        } else if (job.sources == 1) {
           PlainPatch patch;
           find_patch(source.r, job, n, y, x, source.channels, 0, zeros, patch.at);
           transform_patch(patch, source.channels, out, pitch);

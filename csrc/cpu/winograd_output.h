@@ -81,15 +81,21 @@ inline void winograd_layer_epilogue(const ConvJob<float>& job, const TileOut& t,
   if (job.pool) pool_tile<FULL>(job, t, z);
 }
 
-// r_out = out_scale * h, dot = sum h * dot_with
+// r_out = out_scale * h, dot = sum h * dot_with, or of what it makes
 template <bool FULL>
 inline void winograd_dgrad_epilogue(const ConvJob<float>& job, const TileOut& t, FVec* h, int j,
                                     StripState& state) {
   const i64 c = job.cout, line = job.w * c, at = t.pixel * c + t.channel;
+  const FVec zero = {};
   FVec dot[2] = {};
   for_pixels<FULL>(t, [&](int i) {
     const i64 here = at + i / 4 * line + i % 4 * c;
-    dot[i % 2] += h[i] * load_lanes<FULL>(job.dot_with + here, t.lanes);
+    FVec r = load_lanes<FULL>(job.dot_with + here, t.lanes);
+    if (job.dot_raw) {
+      r *= t.gamma;
+      r = zero > r ? zero : r;
+    }
+    dot[i % 2] += h[i] * r;
     store_lanes<FULL>(job.r_out + here, t.scale * h[i], t.lanes);
   });
   state.dot[j] += dot[0] + dot[1];
