@@ -40,11 +40,12 @@ class Launch {
     // A block's transformed input takes a quarter of the core's cache, weights and products the
     // rest; or, so that many weights are read for many tiles, all of it.
     const i64 fits = std::max<i64>(1, cache_size() / (deep() ? 1 : 4) / (WINO_POINTS * 4 * depth_));
-    const i64 tiles = strips_.before(total_);
-    if (tiles < 2 * fits * threads && WINO_POINTS * 4 * depth_ * job_.cout > cache_size() / 2)
-      return together(std::max<i64>(1, tiles / (fits * threads)));
-    const i64 blocks = std::min(total_, divide_up(tiles, fits * threads) * threads);
-    apart({total_, std::max<i64>(1, blocks)});
+    const i64 tiles = strips_.before(total_), at_once = fits * threads;
+    if (tiles < at_once && WINO_POINTS * 4 * depth_ * job_.cout > cache_size() / 2)
+      return together();
+    const i64 turns = deep() ? std::max<i64>(1, (tiles + at_once / 2) / at_once)
+                             : divide_up(tiles, at_once);
+    apart({total_, std::clamp<i64>(turns * threads, 1, total_)});
   }
 
  private:
@@ -89,21 +90,18 @@ class Launch {
   }
 
   // Few tiles and many weights: the threads share the transformed input and each streams the
-  // weights of its own panels only. Blocks one after the other.
-  void together(i64 count) const {
-    const Blocks blocks{total_, std::min(total_, count)};
-    for (i64 block = 0; block < blocks.count; ++block) {
-      const i64 first = blocks.first(block), last = blocks.first(block + 1);
-      const i64 count = tiles(first, last);
-      float* const v = scratch(POINTS, points_size(count));
-      parallel(last - first, i64{1} << 20, [&](i64 begin, i64 end) {
-        input(first + begin, first + end, v + tiles(first, first + begin) * depth_, pitch(count));
-      });
-      parallel(job_.panels, i64{1} << 20, [&](i64 begin, i64 end) {
-        float* m = scratch(PRODUCTS, products_size(count));
-        output(first, last, begin, end, count, v, m);
-      });
-    }
+  // weights of its own panels only. With more tiles, what another core has written is slower to read
+  // than twice the weights, which are fetched ahead.
+  void together() const {
+    const i64 count = tiles(0, total_);
+    float* const v = scratch(POINTS, points_size(count));
+    parallel(total_, i64{1} << 20, [&](i64 begin, i64 end) {
+      input(begin, end, v + tiles(0, begin) * depth_, pitch(count));
+    });
+    parallel(job_.panels, i64{1} << 20, [&](i64 begin, i64 end) {
+      float* m = scratch(PRODUCTS, products_size(count));
+      output(0, total_, begin, end, count, v, m);
+    });
   }
 
   const ConvJob<float>& job_;

@@ -145,11 +145,29 @@ inline void finish_strip(const ConvJob<float>& job, i64 strip, i64 index, const 
                          min_of(FLANES, panel.width - j * FLANES));
 }
 
+// Transformed input on its way to the second-level cache, a few lines at a time.
+class NextPoint {
+ public:
+  // `size` numbers from v on, in about `calls` calls
+  void begin(const float* v, i64 size, i64 calls) {
+    at_ = v, end_ = v + size, each_ = (size / LINE + calls - 1) / calls * LINE;
+  }
+  void operator()() {
+    for (const float* to = at_ + each_; at_ < to && at_ < end_; at_ += LINE)
+      __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr i64 LINE = 16;
+  const float *at_ = nullptr, *end_ = nullptr;
+  i64 each_ = 0;
+};
+
 // The products of one point and panel: m[tile * m_stride + j]. Meanwhile the weights that come
-// next, `ahead`, are fetched.
+// next, `ahead`, and the next point are fetched.
 inline void winograd_products(const float* v, i64 depth, i64 k, i64 tiles, const float* weights,
-                              const float* ahead, const Panel<float>& panel, float* m,
-                              i64 m_stride) {
+                              const float* ahead, NextPoint& next, const Panel<float>& panel,
+                              float* m, i64 m_stride) {
   const Split split(tiles);
   const i64 step = (panel.lanes + split.count - 1) / split.count;
   for (i64 i = 0; i < split.count; ++i, ahead += k * step) {
@@ -157,6 +175,7 @@ inline void winograd_products(const float* v, i64 depth, i64 k, i64 tiles, const
     with_size<BLOCK>(p, panel.nv,
                      TileCall<float>{v + t0 * depth, depth, 1, 0, k, weights, m + t0 * m_stride,
                                      m_stride, 1.0f, false, ahead, step});
+    next();
   }
 }
 
@@ -199,7 +218,8 @@ void winograd_finish(const ConvJob<float>& job, i64 first, i64 last, i64 index, 
 }
 
 // Strips [first, last), whose `tiles` tiles v holds, and panels [begin, end): products, back,
-// epilogue. The panels take turns at each point, whose v stays in the nearest cache. m: tiles * 36
+// epilogue. The panels take turns at each point, whose v stays in the nearest cache; it is large
+// then, or another core has written it, and the next point's is fetched meanwhile. m: tiles * 36
 // numbers per output channel.
 void winograd_output(const ConvJob<float>& job, i64 first, i64 last, i64 begin, i64 end, i64 tiles,
                      const float* v, i64 pitch, i64 depth, float* m) {
@@ -210,15 +230,19 @@ void winograd_output(const ConvJob<float>& job, i64 first, i64 last, i64 begin, 
     const Panel<float> panel(index, job.cout);
     return job.winograd + (panel.start * WINO_POINTS + point * panel.lanes) * k;
   };
-  for (i64 point = 0; point < WINO_POINTS; ++point)
+  NextPoint next;
+  for (i64 point = 0; point < WINO_POINTS; ++point) {
+    if (end - begin > 1 && point + 1 < WINO_POINTS)
+      next.begin(v + (point + 1) * pitch, tiles * depth, (end - begin) * Split(tiles).count);
     for (i64 index = begin; index < end; ++index) {
       const Panel<float> panel(index, job.cout);
       const float* ahead =
           index + 1 < end ? weights(index + 1, point) : weights(begin, (point + 1) % WINO_POINTS);
-      winograd_products(v + point * pitch, depth, k, tiles, weights(index, point), ahead, panel,
-                        m + (index - begin) * size + point * panel.lanes,
+      winograd_products(v + point * pitch, depth, k, tiles, weights(index, point), ahead, next,
+                        panel, m + (index - begin) * size + point * panel.lanes,
                         WINO_POINTS * panel.lanes);
     }
+  }
   for (i64 index = begin; index < end; ++index)
     winograd_finish(job, first, last, index, m + (index - begin) * size);
 }
