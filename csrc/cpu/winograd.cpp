@@ -4,6 +4,7 @@
 #include "winograd.h"
 
 #include <atomic>
+#include <vector>
 
 #include "launch.h"
 
@@ -72,21 +73,29 @@ class Launch {
     winograd_kernels().input(job_, first, last, v, pitch, depth_, scratch(BORDER, 2 * depth_ + 32));
   }
 
-  // Each thread block after block from input to output, the next that nobody has: a thread that the
-  // machine holds up does not hold up the others.
+  // Each thread block after block from input to output: those of its own part of the images, which
+  // it worked on in the layer before, then what others have not come to. So a thread that the machine
+  // holds up does not hold up the others.
   void apart(const Blocks& blocks) const {
-    std::atomic<i64> next = 0;
-    parallel(std::min<i64>(blocks.count, torch::stable::get_num_threads()), i64{1} << 20,
-             [&](i64, i64) {
-               for (i64 block; (block = next++) < blocks.count;) {
-                 const i64 first = blocks.first(block), last = blocks.first(block + 1);
-                 const i64 count = tiles(first, last);
-                 float* v = scratch(POINTS, points_size(count));
-                 float* m = scratch(PRODUCTS, products_size(count));
-                 input(first, last, v, pitch(count));
-                 output(first, last, 0, job_.panels, count, v, m);
-               }
-             });
+    const i64 parts = std::min<i64>(blocks.count, torch::stable::get_num_threads());
+    std::vector<std::atomic<i64>> next(parts);
+    const auto start = [&](i64 part) { return part * blocks.count / parts; };
+    for (i64 part = 0; part < parts; ++part) next[part] = start(part);
+    parallel(parts, i64{1} << 20, [&](i64 own, i64) {
+      for (i64 k = 0; k < parts; ++k) {
+        const i64 part = (own + k) % parts;
+        for (i64 block; (block = next[part]++) < start(part + 1);)
+          through(blocks.first(block), blocks.first(block + 1));
+      }
+    });
+  }
+
+  void through(i64 first, i64 last) const {
+    const i64 count = tiles(first, last);
+    float* const v = scratch(POINTS, points_size(count));
+    float* const m = scratch(PRODUCTS, products_size(count));
+    input(first, last, v, pitch(count));
+    output(first, last, 0, job_.panels, count, v, m);
   }
 
   // Few tiles and many weights: the threads share the transformed input and each streams the
