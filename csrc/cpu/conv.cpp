@@ -284,9 +284,16 @@ template <class T>
 void launch_upsample_fwd(UpsampleJob<T> job) {
   const auto& k = kernels<T>();
   job.panels = panels_of<T>(job.cout);
-  parallel(4 * job.panels * job.n * job.h, job.w * 2 * job.cin, [&](i64 begin, i64 end) {
+  const i64 rows = job.n * job.h, columns = 4 * job.panels;
+  // Threads share the rows, so that each goes on with its own images; or, where these are few, the
+  // weights.
+  const bool by_row = rows * job.w >= job.cin;
+  parallel(by_row ? rows : columns, job.w * 2 * job.cin, [&](i64 begin, i64 end) {
     Buffer<T> scratch(scratch_size(k, job.w, 0));
-    k.upsample_fwd(job, begin, end, scratch);
+    if (by_row)
+      k.upsample_fwd(job, begin, end, 0, columns, scratch);
+    else
+      k.upsample_fwd(job, 0, rows, begin, end, scratch);
   });
 }
 

@@ -99,8 +99,8 @@ struct WeightStrides {
   i64 output, channel, tap, first;
 };
 
-// Transposed 2x2 convolution, stride 2. Units are (tap * panels + panel, input row) forward and
-// (panel, input row) backward.
+// Transposed 2x2 convolution, stride 2. Forward: input rows by columns (tap * panels + panel);
+// backward units are (panel, input row).
 template <class T>
 struct UpsampleJob {
   i64 n, h, w, cin, cout, panels;  // h, w: of the small side
@@ -148,7 +148,8 @@ struct Kernels {
   i64 max_block;  // most pixels (or input channels, for weight gradients) of a register tile
   i64 unit_size;  // elements of a WeightGradJob unit
   void (*conv)(const ConvJob<T>&, i64 begin, i64 end, T* scratch);
-  void (*upsample_fwd)(const UpsampleJob<T>&, i64 begin, i64 end, T* scratch);
+  void (*upsample_fwd)(const UpsampleJob<T>&, i64 begin, i64 end, i64 columns_begin,
+                       i64 columns_end, T* scratch);
   void (*upsample_bwd)(const UpsampleJob<T>&, i64 begin, i64 end, T* scratch);
   void (*weight_grad)(const WeightGradJob<T>&, i64 begin, i64 end);
   void (*layer_grad)(const LayerGradJob<T>&, i64 begin, i64 end);  // units (n, band)

@@ -15,19 +15,25 @@ void plain_row(const T* a, i64 w, i64 stride, i64 runs, i64 run_stride, i64 len,
   }
 }
 
-// out[n, 2y+i, 2x+j, co] = sum_ci r[n, y, x, ci] W[ci, co, i, j]: four 1x1 products
+// out[n, 2y+i, 2x+j, co] = sum_ci r[n, y, x, ci] W[ci, co, i, j]: four 1x1 products, columns (tap,
+// panel). A few rows go through all of them before the next: what is written is then in a near cache
+// until it is whole.
 template <class T>
-void upsample_fwd(const UpsampleJob<T>& job, i64 begin, i64 end, T* scratch) {
-  const i64 rows = job.n * job.h;
+void upsample_fwd(const UpsampleJob<T>& job, i64 begin, i64 end, i64 columns_begin, i64 columns_end,
+                  T* scratch) {
+  constexpr i64 TOGETHER = 8;
   const i64 tap_size = job.cin * ((job.cout + Vec<T>::LANES - 1) / Vec<T>::LANES) * Vec<T>::LANES;
-  for (i64 unit = begin; unit < end; ++unit) {
-    const i64 tap = unit / rows / job.panels, row = unit % rows;
-    const Panel<T> panel(unit / rows % job.panels, job.cout);
-    const T* b = panel.weights(job.packed + tap * tap_size, job.cin);
-    plain_row(job.in + row * job.w * job.cin, job.w, job.cin, 1, 0, job.cin, b, panel, scratch);
-    const i64 pixel = (2 * row + tap / 2) * 2 * job.w + tap % 2;
-    copy_out(scratch, job.w, panel, job.out + pixel * job.cout + panel.start, 2 * job.cout);
-  }
+  for (i64 first = begin; first < end; first += TOGETHER)
+    for (i64 column = columns_begin; column < columns_end; ++column) {
+      const i64 tap = column / job.panels;
+      const Panel<T> panel(column % job.panels, job.cout);
+      const T* b = panel.weights(job.packed + tap * tap_size, job.cin);
+      for (i64 row = first; row < min_of(first + TOGETHER, end); ++row) {
+        plain_row(job.in + row * job.w * job.cin, job.w, job.cin, 1, 0, job.cin, b, panel, scratch);
+        const i64 pixel = (2 * row + tap / 2) * 2 * job.w + tap % 2;
+        copy_out(scratch, job.w, panel, job.out + pixel * job.cout + panel.start, 2 * job.cout);
+      }
+    }
 }
 
 // d_r[n, y, x, ci] = sum_{i,j,co} d_out[n, 2y+i, 2x+j, co] W[ci, co, i, j]: two runs of 2*cout
