@@ -143,10 +143,10 @@ void dgrad_epilogue(const ConvJob<T>& job, i64 row, i64 index, const Panel<T>& p
   copy_out(products, job.w, panel, job.r_out + offset, job.cout);
 }
 
-// Units are numbered row by row where the weights are few: what is written is then whole pixels, one
-// after the other, which takes memory half as long as every other line (first layer of 64 channels:
-// 3.9 -> 2.4 % of an extraction). Else panel by panel: a thread uses a panel's weights for all its
-// rows before the next.
+// Units are numbered row by row where the weights are few: what is written is then whole pixels,
+// one after the other, which takes memory half as long as every other line (first layer of 64
+// channels: 3.9 -> 2.4 % of an extraction). Else panel by panel: a thread uses a panel's weights
+// for all its rows before the next.
 template <class T>
 void conv(const ConvJob<T>& job, i64 begin, i64 end, T* scratch) {
   constexpr i64 FEW = i64{1} << 18;  // bytes

@@ -3,8 +3,8 @@
 // header includes nothing that could emit code: an inline function compiled for AVX-512 must never
 // be the copy that the linker keeps for everyone.
 //
-// Activations are NHWC and dense. A unit of work is (panel of output channels, image row); its result
-// does not depend on which other units share its thread or its batch.
+// Activations are NHWC and dense. A unit of work is (panel of output channels, image row); its
+// result does not depend on which other units share its thread or its batch.
 #pragma once
 
 #include <cstdint>
@@ -172,14 +172,21 @@ struct WeightPart {
   bool add;  // to the products of the parts before
 };
 
+// Strips [first, last) and panels [begin, end), `group` panels at a time; their transformed input,
+// v [point * pitch + tile * depth + c], and room for the products of a group.
+struct WinogradPart {
+  i64 first, last, begin, end, group, tiles, pitch, depth;
+  const float* v;
+  float* m;  // tiles * 36 numbers per output channel
+};
+
 // The steps of a Winograd convolution, float alone (winograd_kernel.h, winograd_weight.h).
 struct WinogradKernels {
   void (*pack)(const float* weight, i64 outputs, i64 channels, const WeightStrides&, i64 begin,
                i64 end, float* packed);
   void (*input)(const ConvJob<float>&, i64 first, i64 last, float* v, i64 pitch, i64 depth,
                 float* scratch);
-  void (*output)(const ConvJob<float>&, i64 first, i64 last, i64 begin, i64 end, i64 tiles,
-                 const float* v, i64 pitch, i64 depth, float* m);
+  void (*output)(const ConvJob<float>&, const WinogradPart&);
   void (*spread)(const WinogradWeightJob&, i64 first, i64 last, i64 at, const WeightPart&);
   void (*weights)(const WinogradWeightJob&, const WeightPart&, i64 unit, float* m);
   void (*taps)(const WinogradWeightJob&, const WeightPart&, i64 unit, float* m, i64 slices,

@@ -1,9 +1,9 @@
 // Algorithm 2, some iterations in one call: per image i, Adam on the pixels of
 //   L_i(x) = sum_c weight_c (phi_c(x) - target_ic)^2,  phi = spatial mean of the middle block,
-// stopping once L_i <= tolerance * L_i(first). Forward keeps z of every layer, and its pool, backward
-// is that of csrc/README.md down to the image; weights get no gradient. Images that have stopped take
-// no further part, and no image's result depends on the others. Per 3x64x64 image of the default
-// network and iteration: 3.95 GFLOP.
+// stopping once L_i <= tolerance * L_i(first). Forward keeps z of every layer, and its pool,
+// backward is that of csrc/README.md down to the image; weights get no gradient. Images that have
+// stopped take no further part, and no image's result depends on the others. Per 3x64x64 image of
+// the default network and iteration: 3.95 GFLOP.
 #include "../operators.h"
 #include "match_loop.h"
 #include "network.h"

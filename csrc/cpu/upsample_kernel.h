@@ -16,8 +16,8 @@ void plain_row(const T* a, i64 w, i64 stride, i64 runs, i64 run_stride, i64 len,
 }
 
 // out[n, 2y+i, 2x+j, co] = sum_ci r[n, y, x, ci] W[ci, co, i, j]: four 1x1 products, columns (tap,
-// panel). A few rows go through all of them before the next: what is written is then in a near cache
-// until it is whole.
+// panel). A few rows go through all of them before the next: what is written is then in a near
+// cache until it is whole.
 template <class T>
 void upsample_fwd(const UpsampleJob<T>& job, i64 begin, i64 end, i64 columns_begin, i64 columns_end,
                   T* scratch) {

@@ -44,8 +44,8 @@ class Launch {
     const i64 tiles = strips_.before(total_), at_once = fits * threads;
     if (tiles < at_once && WINO_POINTS * 4 * depth_ * job_.cout > cache_size() / 2)
       return together();
-    const i64 turns = deep() ? std::max<i64>(1, (tiles + at_once / 2) / at_once)
-                             : divide_up(tiles, at_once);
+    const i64 turns =
+        deep() ? std::max<i64>(1, (tiles + at_once / 2) / at_once) : divide_up(tiles, at_once);
     apart({total_, std::clamp<i64>(turns * threads, 1, total_)});
   }
 
@@ -64,9 +64,8 @@ class Launch {
   i64 group() const { return deep() ? job_.panels : 1; }
 
   void output(i64 first, i64 last, i64 begin, i64 end, i64 tiles, const float* v, float* m) const {
-    for (i64 panel = begin; panel < end; panel += group())
-      winograd_kernels().output(job_, first, last, panel, std::min(end, panel + group()), tiles, v,
-                                pitch(tiles), depth_, m);
+    winograd_kernels().output(
+        job_, {first, last, begin, end, group(), tiles, pitch(tiles), depth_, v, m});
   }
 
   void input(i64 first, i64 last, float* v, i64 pitch) const {
@@ -74,8 +73,8 @@ class Launch {
   }
 
   // Each thread block after block from input to output: those of its own part of the images, which
-  // it worked on in the layer before, then what others have not come to. So a thread that the machine
-  // holds up does not hold up the others.
+  // it worked on in the layer before, then what others have not come to. So a thread that the
+  // machine holds up does not hold up the others.
   void apart(const Blocks& blocks) const {
     const i64 parts = std::min<i64>(blocks.count, torch::stable::get_num_threads());
     std::vector<std::atomic<i64>> next(parts);
@@ -99,8 +98,8 @@ class Launch {
   }
 
   // Few tiles and many weights: the threads share the transformed input and each streams the
-  // weights of its own panels only. With more tiles, what another core has written is slower to read
-  // than twice the weights, which are fetched ahead.
+  // weights of its own panels only. With more tiles, what another core has written is slower to
+  // read than twice the weights, which are fetched ahead.
   void together() const {
     const i64 count = tiles(0, total_);
     float* const v = scratch(POINTS, points_size(count));

@@ -145,12 +145,13 @@ inline void finish_strip(const ConvJob<float>& job, i64 strip, i64 index, const 
                          min_of(FLANES, panel.width - j * FLANES));
 }
 
-// Transformed input on its way to the second-level cache, a few lines at a time.
-class NextPoint {
+// Memory on its way to the second-level cache, a few lines at each call; every other one is asked
+// for, its neighbour comes along.
+class Fetch {
  public:
-  // `size` numbers from v on, in about `calls` calls
-  void begin(const float* v, i64 size, i64 calls) {
-    at_ = v, end_ = v + size, each_ = (size / LINE + calls - 1) / calls * LINE;
+  // `size` numbers from `from` on, in about `calls` calls
+  void begin(const float* from, i64 size, i64 calls) {
+    at_ = from, end_ = from + size, each_ = (size / LINE + calls - 1) / calls * LINE;
   }
   void operator()() {
     for (const float* to = at_ + each_; at_ < to && at_ < end_; at_ += LINE)
@@ -158,16 +159,56 @@ class NextPoint {
   }
 
  private:
-  static constexpr i64 LINE = 16;
+  static constexpr i64 LINE = 32;
   const float *at_ = nullptr, *end_ = nullptr;
   i64 each_ = 0;
 };
 
+// What the epilogues of strips [first, last) will write or read, in `calls` calls, and what the
+// next strips' input will, in those that follow: lines that the nearest caches do not have, each of
+// which would be waited for then.
+class FetchPixels {
+ public:
+  FetchPixels(const ConvJob<float>& job, i64 first, i64 last, i64 calls)
+      : strips_(job.h, job.w), calls_(calls), left_(job.panels > 1 ? calls : 0) {
+    add(job.r_out, first, last, job.cout);
+    add(job.z, first, last, job.cout);
+    add(job.dot_with, first, last, job.cout);
+    now_ = count_;
+    const i64 next = min_of(2 * last - first, job.n * strips_.per_image);
+    calls_ = calls * max_of(1, job.panels - 1);
+    for (int s = 0; s < job.sources; ++s) add(job.source[s].r, last, next, job.source[s].channels);
+    if (job.grad && job.grad->spread == Spread::PIXEL)
+      add(job.grad->d, last, next, job.source[0].channels);
+  }
+  void operator()() {
+    const int end = left_-- > 0 ? now_ : count_;
+    for (int i = 0; i < end; ++i) fetches_[i]();
+  }
+
+ private:
+  // The first pixel of a strip's rows, of all images
+  i64 pixel(i64 strip) const {
+    return (strip / strips_.per_image * strips_.h + strips_.y(strip)) * strips_.w;
+  }
+  void add(const float* image, i64 first, i64 last, i64 c) {
+    if (!image || first == last) return;
+    const i64 start = pixel(first);
+    fetches_[count_++].begin(image + start * c, (pixel(last) - start) * c, calls_);
+  }
+
+  const Strips strips_;
+  i64 calls_, left_;  // before the next strips' turn
+  Fetch fetches_[6];
+  int count_ = 0, now_ = 0;
+};
+
 // The products of one point and panel: m[tile * m_stride + j]. Meanwhile the weights that come
-// next, `ahead`, and the next point are fetched.
+// next, `ahead`, are fetched; beside() is called after each register tile.
+template <class Beside>
 inline void winograd_products(const float* v, i64 depth, i64 k, i64 tiles, const float* weights,
-                              const float* ahead, NextPoint& next, const Panel<float>& panel,
-                              float* m, i64 m_stride) {
+                              const float* ahead, const Panel<float>& panel, float* m, i64 m_stride,
+                              Beside& beside) {
   const Split split(tiles);
   const i64 step = (panel.lanes + split.count - 1) / split.count;
   for (i64 i = 0; i < split.count; ++i, ahead += k * step) {
@@ -175,7 +216,7 @@ inline void winograd_products(const float* v, i64 depth, i64 k, i64 tiles, const
     with_size<BLOCK>(p, panel.nv,
                      TileCall<float>{v + t0 * depth, depth, 1, 0, k, weights, m + t0 * m_stride,
                                      m_stride, 1.0f, false, ahead, step});
-    next();
+    beside();
   }
 }
 
@@ -217,32 +258,67 @@ void winograd_finish(const ConvJob<float>& job, i64 first, i64 last, i64 index, 
   }
 }
 
-// Strips [first, last), whose `tiles` tiles v holds, and panels [begin, end): products, back,
-// epilogue. The panels take turns at each point, whose v stays in the nearest cache; it is large
-// then, or another core has written it, and the next point's is fetched meanwhile. m: tiles * 36
-// numbers per output channel.
-void winograd_output(const ConvJob<float>& job, i64 first, i64 last, i64 begin, i64 end, i64 tiles,
-                     const float* v, i64 pitch, i64 depth, float* m) {
+// Panels [begin, end) of the `tiles` tiles that v holds: m[(panel, tile, point, lanes)]. The panels
+// take turns at each point, whose v stays in the nearest cache.
+template <class Beside>
+inline void winograd_multiply(const ConvJob<float>& job, const WinogradPart& part, i64 begin,
+                              i64 end, Beside& beside) {
   i64 k = 0;
   for (int s = 0; s < job.sources; ++s) k += job.source[s].channels;
-  const i64 size = tiles * WINO_POINTS * 2 * FLANES;
   const auto weights = [&](i64 index, i64 point) {
     const Panel<float> panel(index, job.cout);
     return job.winograd + (panel.start * WINO_POINTS + point * panel.lanes) * k;
   };
-  NextPoint next;
   for (i64 point = 0; point < WINO_POINTS; ++point) {
-    if (end - begin > 1 && point + 1 < WINO_POINTS)
-      next.begin(v + (point + 1) * pitch, tiles * depth, (end - begin) * Split(tiles).count);
+    beside.at(point);
     for (i64 index = begin; index < end; ++index) {
       const Panel<float> panel(index, job.cout);
       const float* ahead =
           index + 1 < end ? weights(index + 1, point) : weights(begin, (point + 1) % WINO_POINTS);
-      winograd_products(v + point * pitch, depth, k, tiles, weights(index, point), ahead, next,
-                        panel, m + (index - begin) * size + point * panel.lanes,
-                        WINO_POINTS * panel.lanes);
+      winograd_products(
+          part.v + point * part.pitch, part.depth, k, part.tiles, weights(index, point), ahead,
+          panel,
+          part.m + (index - begin) * part.tiles * WINO_POINTS * 2 * FLANES + point * panel.lanes,
+          WINO_POINTS * panel.lanes, beside);
     }
   }
-  for (i64 index = begin; index < end; ++index)
-    winograd_finish(job, first, last, index, m + (index - begin) * size);
+}
+
+// Beside the products of a part whose panels share each point: its v is large, or another core has
+// written it, and the next point's is fetched.
+struct BesideShared {
+  const WinogradPart& part;
+  i64 calls;  // of a point
+  Fetch next = {};
+  void at(i64 point) {
+    if (point + 1 < WINO_POINTS)
+      next.begin(part.v + (point + 1) * part.pitch, part.tiles * part.depth, calls);
+  }
+  void operator()() { next(); }
+};
+
+// Beside those of a part whose panels come one after the other.
+struct BesideApart {
+  FetchPixels fetch;
+  void at(i64) {}
+  void operator()() { fetch(); }
+};
+
+// Strips [first, last), whose tiles v holds, and panels [begin, end), `group` of them at a time:
+// products, back, epilogue.
+void winograd_output(const ConvJob<float>& job, const WinogradPart& part) {
+  const i64 calls = WINO_POINTS * Split(part.tiles).count;
+  BesideApart apart{{job, part.first, part.last, calls}};
+  for (i64 begin = part.begin; begin < part.end; begin += part.group) {
+    const i64 end = min_of(part.end, begin + part.group);
+    if (part.group > 1) {
+      BesideShared shared{part, calls / WINO_POINTS * (end - begin)};
+      winograd_multiply(job, part, begin, end, shared);
+    } else {
+      winograd_multiply(job, part, begin, end, apart);
+    }
+    for (i64 index = begin; index < end; ++index)
+      winograd_finish(job, part.first, part.last, index,
+                      part.m + (index - begin) * part.tiles * WINO_POINTS * 2 * FLANES);
+  }
 }
