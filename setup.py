@@ -87,6 +87,7 @@ SOURCES = [
     "csrc/cpu/conv.cpp",
     "csrc/cpu/fused_layer.cpp",
     "csrc/cpu/image_layout.cpp",
+    "csrc/cpu/interrupt.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/match_steps.cpp",
     "csrc/cpu/match_update.cpp",

@@ -29,15 +29,16 @@ std::tuple<Tensor, Tensor> unet_fwd(Tensor x, Shape channels, Shape enc_layers, 
 std::tuple<Tensor, Tensor> unet_fwd_bf16(Tensor x, Shape channels, Shape enc_layers,
                                          int64_t mid_layers, Shape dec_layers, double eps,
                                          std::vector<Tensor> packed, int64_t blocks);
-void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
-                 Tensor target, Tensor weight, Shape channels, Shape enc_layers, int64_t mid_layers,
-                 double eps, std::vector<Tensor> packed, std::vector<Tensor> packed_t, double lr,
-                 double tolerance, int64_t start, int64_t steps);
-void match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
-                      Tensor target, Tensor weight, Shape channels, Shape enc_layers,
-                      int64_t mid_layers, double eps, std::vector<Tensor> packed,
-                      std::vector<Tensor> packed_t, double lr, double tolerance, int64_t start,
-                      int64_t steps);
+int64_t match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
+                    Tensor target, Tensor weight, Shape channels, Shape enc_layers,
+                    int64_t mid_layers, double eps, std::vector<Tensor> packed,
+                    std::vector<Tensor> packed_t, double lr, double tolerance, int64_t start,
+                    int64_t steps);
+int64_t match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
+                         Tensor target, Tensor weight, Shape channels, Shape enc_layers,
+                         int64_t mid_layers, double eps, std::vector<Tensor> packed,
+                         std::vector<Tensor> packed_t, double lr, double tolerance, int64_t start,
+                         int64_t steps);
 Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed);
 Tensor pack_upsample_weights(Tensor weight);
 Tensor in_large_pages(Tensor x);

@@ -52,14 +52,14 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "Tensor(f!) active, Tensor target, Tensor weight, int[] channels, int[] enc_layers, int "
       "mid_layers, "
       "float eps, Tensor[] packed, Tensor[] packed_t, float lr, float tolerance, int start, int "
-      "steps) -> ()");
+      "steps) -> int");
   m.def(
       "match_steps_bf16(Tensor(a!) x, Tensor(b!) m, Tensor(c!) v, Tensor(d!) losses, Tensor(e!) "
       "updates, "
       "Tensor(f!) active, Tensor target, Tensor weight, int[] channels, int[] enc_layers, int "
       "mid_layers, "
       "float eps, Tensor[] packed, Tensor[] packed_t, float lr, float tolerance, int start, int "
-      "steps) -> ()");
+      "steps) -> int");
   m.def("build_info() -> str");
 
   // The GPU engine's, into buffers that are there: nothing is allocated, no data is read on the

@@ -112,8 +112,6 @@ class CPURunner:
     Weights are packed when first needed and again when a parameter has changed.
     """
 
-    STEPS = 10  # updates per call into C++: between calls Python can be interrupted
-
     def __init__(self, model: UNet) -> None:
         self.model = model
         self._packed: dict[str, tuple[tuple, list[Tensor]]] = {}
@@ -149,8 +147,9 @@ class CPURunner:
         active = torch.ones(len(x), dtype=torch.bool)
         channels, enc_layers, mid_layers, _, eps, packed = self._network(decoder=False, low=low)
         transposed = self._parameters("transposed", low)
-        for start in range(0, max_iter + 1, self.STEPS):
-            run(
+        start = 0
+        while start <= max_iter:  # once; again where Ctrl-C came and Python's handler let it go on
+            start = run(
                 x,
                 m,
                 v,
@@ -168,10 +167,8 @@ class CPURunner:
                 lr,
                 tolerance,
                 start,
-                self.STEPS,
+                max_iter + 1 - start,
             )
-            if not active.any():
-                break
         last = losses.gather(0, updates[None])[0]
         # in double, as the C++ compares
         reached = last.double() <= tolerance * losses[0].double()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastphi import UNet, UNetConfig, match_phi, ops
+from fastphi import UNet, UNetConfig, cpu, match_phi, ops
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 
@@ -44,6 +44,42 @@ def test_ctrl_c_ends_a_match():
     assert torch.equal(x, before)
     # and the engine serves on
     assert match_phi(model, x, target, max_iter=2).losses.isfinite().all()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as on POSIX")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_match_is_one_call_and_goes_on_where_a_handler_lets_it(dtype, monkeypatch):
+    """C++ comes back for each Ctrl-C, Python's handler decides, and no bit tells."""
+    model, x = network(), torch.rand(2, 3, 64, 64)
+    if reason := cpu.refuses(SMALL, x.device, dtype):
+        pytest.skip(reason)
+    target = model.phi(torch.rand(2, 3, 64, 64))
+    updates = 1500  # a second or two
+    name = "match_steps_bf16" if dtype == torch.bfloat16 else "match_steps"
+    run, reached, pressed = getattr(torch.ops.fastphi, name), [], []
+
+    def counted(*arguments):
+        reached.append(run(*arguments))
+        return reached[-1]
+
+    monkeypatch.setattr(torch.ops.fastphi, name, counted)
+    want = match_phi(model, x, target, max_iter=updates, tolerance=0.0, dtype=dtype)
+    assert reached == [updates + 1]
+    reached.clear()
+    before_test = signal.signal(signal.SIGINT, lambda *_: pressed.append(len(reached)))
+    timers = [threading.Timer(0.1 * i, os.kill, (os.getpid(), signal.SIGINT)) for i in (1, 2)]
+    try:
+        for timer in timers:
+            timer.start()
+        got = match_phi(model, x, target, max_iter=updates, tolerance=0.0, dtype=dtype)
+        for timer in timers:
+            timer.join()
+        os.kill(os.getpid(), signal.SIGINT)  # Python's own handler is back
+    finally:
+        signal.signal(signal.SIGINT, before_test)
+    assert len(pressed) == 3 and 1 < len(reached) <= 3 and reached[-1] == updates + 1
+    assert reached == sorted(reached) and reached[0] < updates
+    assert torch.equal(got.x, want.x) and torch.equal(got.losses, want.losses)
 
 
 def test_the_lock_is_released():

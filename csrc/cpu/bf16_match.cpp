@@ -177,11 +177,11 @@ std::vector<const bf16*> rotated(const Plan& plan, const std::vector<Tensor>& pa
 
 }  // namespace
 
-void match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
-                      Tensor target, Tensor weight, Shape channels, Shape enc_layers,
-                      int64_t mid_layers, double eps, std::vector<Tensor> packed,
-                      std::vector<Tensor> packed_t, double lr, double tolerance, int64_t start,
-                      int64_t steps) {
+int64_t match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
+                         Tensor target, Tensor weight, Shape channels, Shape enc_layers,
+                         int64_t mid_layers, double eps, std::vector<Tensor> packed,
+                         std::vector<Tensor> packed_t, double lr, double tolerance, int64_t start,
+                         int64_t steps) {
   const Plan plan{x.dim() > 1 ? x.sizes()[1] : 0, channels, enc_layers, mid_layers, {}};
   const auto weights = bf16_weights(x, plan, packed);
   const auto transposed = rotated(plan, packed_t);
@@ -192,8 +192,9 @@ void match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor update
   thread_local Space space;
   space.reserve(plan, chunk, h, w);
   Encoder encoder(plan, weights, transposed, eps, h, w, space);
-  Match<float>(tensors, tolerance).run(start, steps, chunk, encoder, Adam{lr});
+  const i64 next = Match<float>(tensors, tolerance).run(start, steps, chunk, encoder, Adam{lr});
   if (space.size() > MOST_KEPT) space = Space{};
+  return next;
 }
 
 }  // namespace fastphi

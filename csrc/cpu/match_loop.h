@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "interrupt.h"
 #include "launch.h"
 #include "network.h"
 
@@ -74,18 +75,24 @@ struct Match {
         tolerance(tolerance),
         max_iter(t.losses.sizes()[0] - 1) {}
 
-  // Iterations [start, start + steps) of what is left, `chunk` images at a time.
+  // Iterations [start, start + steps) of what is left, `chunk` images at a time; fewer where Ctrl-C
+  // was pressed. Returns the one to go on with.
   template <class Encoder>
-  void run(i64 start, i64 steps, i64 chunk, Encoder& encoder, const Adam& adam) {
+  i64 run(i64 start, i64 steps, i64 chunk, Encoder& encoder, const Adam& adam) {
+    const Interrupt interrupt;
+    const i64 end = std::min(start + steps, max_iter + 1);
     Buffer<T> phi(chunk * c);
-    for (i64 t = start; t < std::min(start + steps, max_iter + 1); ++t) {
+    for (i64 t = start; t < end; ++t) {
+      if (interrupt.seen()) return t;
       std::vector<i64> left;
       for (i64 i = 0; i < n; ++i)
         if (active[i]) left.push_back(i);
+      if (left.empty()) break;
       const i64 count = static_cast<i64>(left.size());
       for (i64 i = 0; i < count; i += chunk)
         step(t, left.data() + i, std::min(chunk, count - i), encoder, adam, phi);
     }
+    return end;
   }
 
  private:

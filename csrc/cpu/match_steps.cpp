@@ -167,16 +167,17 @@ class Encoder {
 
 }  // namespace
 
-void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
-                 Tensor target, Tensor weight, Shape channels, Shape enc_layers, int64_t mid_layers,
-                 double eps, std::vector<Tensor> packed, std::vector<Tensor> packed_t, double lr,
-                 double tolerance, int64_t start, int64_t steps) {
+int64_t match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
+                    Tensor target, Tensor weight, Shape channels, Shape enc_layers,
+                    int64_t mid_layers, double eps, std::vector<Tensor> packed,
+                    std::vector<Tensor> packed_t, double lr, double tolerance, int64_t start,
+                    int64_t steps) {
   const Plan plan{x.dim() > 1 ? x.sizes()[1] : 0, channels, enc_layers, mid_layers, {}};
   check_network(x, plan, packed);
   check_network(x, plan, packed_t);
   const MatchTensors tensors{x, m, v, losses, updates, active, target, weight};
   tensors.check(channels.back());
-  dispatch(x, [&](auto zero) {
+  return dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const auto convs = convs_of<T>(packed), transposed = convs_of<T>(packed_t);
     const i64 h = x.sizes()[2], w = x.sizes()[3];
@@ -184,8 +185,9 @@ void match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Te
     thread_local EncoderSpace<T> space;
     space.reserve(plan, chunk, h, w);
     Encoder<T> encoder(plan, convs, transposed, static_cast<T>(eps), h, w, space);
-    Match<T>(tensors, tolerance).run(start, steps, chunk, encoder, Adam{lr});
+    const i64 next = Match<T>(tensors, tolerance).run(start, steps, chunk, encoder, Adam{lr});
     if (space.size() > MOST_KEPT) space = EncoderSpace<T>{};
+    return next;
   });
 }
 
