@@ -187,10 +187,13 @@ def in_turn(
     calls: dict[str, Callable[[], Any]], *, rounds: int = 10, warm: bool = True
 ) -> dict[str, list[float]]:
     """Seconds of each call by the clock; a round has every call once, so that a machine whose speed
-    drifts drifts for all. `warm`: a round before that does not count."""
+    drifts drifts for all. `warm`: a round before that does not count. Between calls is a pause: the threads
+    of some peers (ONNX Runtime) spin on after theirs, and the next one would take half as long again."""
+    pause = 0.05
     times: dict[str, list[float]] = {way: [] for way in calls}
     for i in range(rounds + warm):
         for way, call in calls.items():
+            time.sleep(pause)
             start = time.perf_counter()
             call()
             if i >= warm:
