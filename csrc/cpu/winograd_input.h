@@ -17,9 +17,8 @@ struct RawPatch {
   const float* gamma;
   template <bool FULL>
   FVec get(int pixel, i64 c, i64 count) const {
-    const FVec g = gamma ? load_lanes<FULL>(gamma + c, count) : splat(1.0f), zero = {};
-    const FVec r = g * load_lanes<FULL>(at[pixel] + c, count);
-    return zero > r ? zero : r;
+    const FVec g = gamma ? load_lanes<FULL>(gamma + c, count) : splat(1.0f);
+    return relu(g * load_lanes<FULL>(at[pixel] + c, count));
   }
 };
 

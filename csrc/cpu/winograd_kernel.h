@@ -46,6 +46,11 @@ inline void winograd_output_1d(const FVec* x, i64 step, FVec* out, i64 out_step)
   out[3 * out_step] = (x[5 * step] + WINO_P3 * diff_p) + WINO_Q3 * diff_q;
 }
 
+inline FVec relu(FVec x) {  // keeps NaN, as torch's does
+  const FVec zero = {};
+  return zero > x ? zero : x;
+}
+
 // The first `count` lanes; those beyond are zero, and are not read or written. FULL: all of them.
 template <bool FULL>
 inline FVec load_lanes(const float* p, i64 count) {

@@ -63,12 +63,8 @@ inline void winograd_layer_epilogue(const ConvJob<float>& job, const TileOut& t,
     for_pixels<FULL>(
         t, [&](int i) { store_lanes<FULL>(job.z + at + i / 4 * line + i % 4 * c, z[i], t.lanes); });
   if (job.relu) {
-    const FVec zero = {};
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      z[i] *= t.gamma;
-      z[i] = zero > z[i] ? zero : z[i];  // keeps NaN, as torch's ReLU does
-    }
+    for (int i = 0; i < 16; ++i) z[i] = relu(t.gamma * z[i]);
   } else if (job.gamma) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) z[i] *= t.gamma;
@@ -86,16 +82,11 @@ template <bool FULL>
 inline void winograd_dgrad_epilogue(const ConvJob<float>& job, const TileOut& t, FVec* h, int j,
                                     StripState& state) {
   const i64 c = job.cout, line = job.w * c, at = t.pixel * c + t.channel;
-  const FVec zero = {};
   FVec dot[2] = {};
   for_pixels<FULL>(t, [&](int i) {
     const i64 here = at + i / 4 * line + i % 4 * c;
-    FVec r = load_lanes<FULL>(job.dot_with + here, t.lanes);
-    if (job.dot_raw) {
-      r *= t.gamma;
-      r = zero > r ? zero : r;
-    }
-    dot[i % 2] += h[i] * r;
+    const FVec with = load_lanes<FULL>(job.dot_with + here, t.lanes);
+    dot[i % 2] += h[i] * (job.dot_raw ? relu(t.gamma * with) : with);
     store_lanes<FULL>(job.r_out + here, t.scale * h[i], t.lanes);
   });
   state.dot[j] += dot[0] + dot[1];
