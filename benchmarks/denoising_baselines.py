@@ -19,7 +19,8 @@ import torch
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
 
 import fastphi
-from fastphi import data, files, noise
+from fastphi import data, noise
+from fastphi.support import files
 
 Method = Callable[[np.ndarray, float, float], np.ndarray]
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import fastphi
-from fastphi import data, files, noise, targets
+from fastphi import data, noise, targets
+from fastphi.support import files
 
 SMS = 132
 # Of the default network at 64×64: (share of an iteration's products, programs per image); a program

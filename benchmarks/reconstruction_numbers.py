@@ -17,7 +17,8 @@ import torch
 from matplotlib.figure import Figure
 
 import fastphi
-from fastphi import data, files, noise, plots, targets
+from fastphi import data, noise, targets
+from fastphi.support import files, plots
 
 
 def main() -> None:

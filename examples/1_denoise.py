@@ -4,10 +4,11 @@ from common import arguments, model, patches, save
 from matplotlib.figure import Figure
 
 import fastphi
-from fastphi import noise, plots
+from fastphi import noise
 from fastphi.analysis.common import untrained
 from fastphi.analysis.sparsity import sparsity
 from fastphi.analysis.stability import stability
+from fastphi.support import plots
 
 options = arguments(__doc__)
 denoiser, x = model(), patches(20 if options.reduced else 200)

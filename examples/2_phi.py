@@ -4,10 +4,10 @@ from common import arguments, model, patches, save
 from matplotlib.figure import Figure
 
 import fastphi
-from fastphi import plots
 from fastphi.analysis.neighbours import distinct, nearest
 from fastphi.analysis.selectivity import exciting, selectivity
 from fastphi.analysis.subspaces import subspaces
+from fastphi.support import plots
 
 options = arguments(__doc__)
 x = patches(60 if options.reduced else 600)

@@ -5,9 +5,9 @@ from common import arguments, model, patches, save
 from matplotlib.figure import Figure
 
 import fastphi
-from fastphi import plots
 from fastphi.analysis.clusters import agreement, clusters
 from fastphi.analysis.embedding import embedding
+from fastphi.support import plots
 
 options = arguments(__doc__)
 x = patches(80 if options.reduced else 800)

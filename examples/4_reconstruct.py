@@ -4,10 +4,11 @@ from common import arguments, model, patches, save
 from matplotlib.figure import Figure
 
 import fastphi
-from fastphi import plots, targets
+from fastphi import targets
 from fastphi.analysis.likeness import likeness
 from fastphi.analysis.neighbours import distinct
 from fastphi.analysis.noise_level import noise_level
+from fastphi.support import plots
 
 options = arguments(__doc__)
 denoiser, x = model(), patches(40 if options.reduced else 300)

@@ -31,17 +31,17 @@ _PUBLIC = {
     "Reconstruction": "reconstruction",
     "sample": "sampling",
 }
-_MODULES = (
-    "data",
-    "engine",
-    "noise",
-    "ops",
-    "pretrained",
-    "reference",
-    "targets",
-    "train",
-    "validate",
-)
+_MODULES = {
+    "data": "data",
+    "engine": "engine",
+    "noise": "noise",
+    "ops": "ops",
+    "pretrained": "pretrained",
+    "reference": "reference",
+    "targets": "targets",
+    "train": "train",
+    "validate": "support.validate",
+}
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"fastphi.{_PUBLIC[name]}"), name)
     if name in _MODULES:
-        return importlib.import_module(f"fastphi.{name}")
+        return importlib.import_module(f"fastphi.{_MODULES[name]}")
     raise AttributeError(f"module 'fastphi' has no attribute {name!r}")
 
 
@@ -59,7 +59,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from fastphi import data, engine, noise, ops, pretrained, reference, targets, train, validate
+    from fastphi import data, engine, noise, ops, pretrained, reference, targets, train
     from fastphi.checkpoint import load, load_authors_checkpoint, save
     from fastphi.data import PackedImages
     from fastphi.guidance import MatchResult, match_phi
@@ -68,4 +68,5 @@ if TYPE_CHECKING:
     from fastphi.pretrained import load_pretrained
     from fastphi.reconstruction import Reconstruction, reconstruct
     from fastphi.sampling import sample
+    from fastphi.support import validate
     from fastphi.unet import TrainingInfo, UNet, UNetConfig

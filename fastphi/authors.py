@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastphi import validate
+from fastphi.support import validate
 from fastphi.unet import TrainingInfo, UNet, UNetConfig
 
 WEIGHTS, ARGUMENTS = FILES = ("model.pt", "exp_arguments.pkl")

@@ -21,7 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastphi import authors, files, validate
+from fastphi import authors
+from fastphi.support import files, validate
 from fastphi.unet import TrainingInfo, UNet, UNetConfig
 
 log = logging.getLogger("fastphi")

@@ -222,7 +222,7 @@ def _put(text: str, out: Path | None) -> None:
     if out is None:
         print(text)
         return
-    from fastphi import files
+    from fastphi.support import files
 
     with files.atomic_write(out) as temporary:
         temporary.write_text(text + "\n")

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 import fastphi
-from fastphi import data, files, plots, targets, validate
+from fastphi import data, targets
 from fastphi.analysis.neighbours import nearest
+from fastphi.support import files, plots, validate
 
 
 def neighbours_command(

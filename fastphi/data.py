@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import files, validate
+from fastphi.support import files, validate
 
 FORMAT = "fastphi-images"
 VERSION = 1

@@ -20,7 +20,7 @@ import torch
 import fastphi
 from fastphi import demo_patches, demo_report, targets
 from fastphi.analysis.neighbours import distinct
-from fastphi.report import Report
+from fastphi.support.html import Report
 
 SIGMA = 0.2  # noise level at which φ is compared
 COPIES = 8  # samples of each target: a panel

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import noise, plots
+from fastphi import noise
 from fastphi.analysis.likeness import likeness
 from fastphi.analysis.neighbours import distinct, nearest
 from fastphi.analysis.selectivity import exciting, selectivity
 from fastphi.analysis.sparsity import participation_ratio
-from fastphi.report import Report
+from fastphi.support import plots
+from fastphi.support.html import Report
 
 
 def training(report: Report, log_file: Path) -> None:

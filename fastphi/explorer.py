@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fastphi import files
 from fastphi.analysis.neighbours import nearest
 from fastphi.analysis.selectivity import exciting, pictured, top_channels
 from fastphi.study import Study
 from fastphi.study_stages import clusters_of
+from fastphi.support import files
 
 MOST = 2000  # images on a page: it stays under 15 MB
 _NEIGHBOURS, _CHANNELS, _EXCITING = 12, 4, 12

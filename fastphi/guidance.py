@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastphi import engine, validate
+from fastphi import engine
+from fastphi.support import validate
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet

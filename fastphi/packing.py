@@ -22,8 +22,9 @@ import numpy as np
 import PIL
 from PIL import features
 
-from fastphi import files, shards, sources, validate
+from fastphi import shards, sources
 from fastphi.data import FORMAT, VERSION, PackedImages
+from fastphi.support import files, validate
 
 OUTPUTS = ("images.npy", "labels.npy", "items.jsonl", "skipped.jsonl")
 REASONS = ("unreadable", "truncated", "too small", "duplicate")

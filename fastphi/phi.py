@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 import fastphi
-from fastphi import checkpoint, data, engine, files, processes, validate
+from fastphi import checkpoint, data, engine
 from fastphi.phi_chunk import MAX_DRAWS, Job, Means, average, checked, means_of, plain, read
 from fastphi.phi_store import FORMAT, VERSION, PhiStore, Writer, done_file, phi_file, row_numbers
+from fastphi.support import files, processes, validate
 from fastphi.unet import UNet
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import files, validate
+from fastphi.support import files, validate
 
 FORMAT, VERSION = "fastphi-phi", 1
 _MANIFEST = "manifest.json"

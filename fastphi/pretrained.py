@@ -10,7 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastphi import checkpoint, validate
+from fastphi import checkpoint
+from fastphi.support import validate
 
 if TYPE_CHECKING:
     import torch

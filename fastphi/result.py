@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastphi import files, validate
+from fastphi.support import files, validate
 from fastphi.target_images import mean_phi
 from fastphi.target_kinds import Targets
 

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import engine, guidance, noise, ops, validate
+from fastphi import engine, guidance, noise, ops
 from fastphi.guidance import MatchResult
 from fastphi.result import Reconstruction
 from fastphi.sampling_plan import Plan, make_plan
 from fastphi.sampling_record import Record, State, check_run_options, earlier_run, progress_bar
+from fastphi.support import validate
 from fastphi.target_kinds import Targets
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastphi import guidance, reference, validate
+from fastphi import guidance, reference
+from fastphi.support import validate
 from fastphi.target_kinds import Targets, sample_ids
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import engine, ops, validate
+from fastphi import engine, ops
 from fastphi.result import TABLES, Reconstruction
+from fastphi.support import validate
 
 if TYPE_CHECKING:
     from fastphi.sampling import Sampler, StepInfo

@@ -15,11 +15,12 @@ import numpy as np
 from torch import Tensor
 
 import fastphi
-from fastphi import checkpoint, data, files, validate
+from fastphi import checkpoint, data
 from fastphi.analysis import record
 from fastphi.analysis.common import Result, principal, untrained
 from fastphi.analysis.neighbours import distinct
 from fastphi.study_stages import KINDS, STAGES
+from fastphi.support import files, validate
 from fastphi.unet import UNet
 
 

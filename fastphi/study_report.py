@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 import fastphi
-from fastphi import files, plots
 from fastphi.analysis.channels import STATISTICS
 from fastphi.analysis.claims import judge
 from fastphi.analysis.neighbours import nearest
 from fastphi.analysis.selectivity import exciting, pictured, top_channels
 from fastphi.analysis.subspaces import components
-from fastphi.report import Report
 from fastphi.study import Study
 from fastphi.study_stages import clusters_of, groups_of
+from fastphi.support import files, plots
+from fastphi.support.html import Report
 
 _COLUMNS = ["claim of the paper, with its value where it gives one", "found here", "verdict"]
 

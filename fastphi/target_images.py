@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import engine, guidance, noise, validate
+from fastphi import engine, guidance, noise
+from fastphi.support import validate
 from fastphi.target_kinds import Targets, digest_of, sample_ids
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import guidance, validate
+from fastphi import guidance
+from fastphi.support import validate
 
 if TYPE_CHECKING:
     pass

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import validate
+from fastphi.support import validate
 from fastphi.target_images import Images
 from fastphi.target_kinds import (
     Mix,

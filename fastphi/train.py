@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastphi import data, engine, files, noise, processes, training_folder, validate
+from fastphi import data, engine, noise, training_folder
+from fastphi.support import files, processes, validate
 from fastphi.training_config import TrainConfig
 from fastphi.training_log import Callback, Writer
 from fastphi.training_process import Interrupts, World, deterministic

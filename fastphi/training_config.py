@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fastphi import cpu, engine, validate
+from fastphi import cpu, engine
+from fastphi.support import validate
 from fastphi.unet import UNetConfig
 
 # A resumed run may change these: they say where things are and how long and how often, and none of

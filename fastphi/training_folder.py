@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastphi import checkpoint, files
+from fastphi import checkpoint
+from fastphi.support import files
 from fastphi.training_config import FREE
 
 if TYPE_CHECKING:

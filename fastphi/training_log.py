@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from fastphi import files, training_folder
+from fastphi import training_folder
+from fastphi.support import files
 
 if TYPE_CHECKING:
     from fastphi.train import Trainer

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastphi import engine, reference, validate
+from fastphi import engine, reference
+from fastphi.support import validate
 
 
 @dataclass(frozen=True)

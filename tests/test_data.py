@@ -20,9 +20,10 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from fastphi import data, files, shards
+from fastphi import data, shards
 from fastphi.data import MemoryImages, PackedImages, open_images
 from fastphi.packing import pack
+from fastphi.support import files
 
 SIZE = 16
 

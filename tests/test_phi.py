@@ -19,6 +19,7 @@ from fastphi import checkpoint, noise, phi_chunk, reference
 from fastphi.data import MemoryImages
 from fastphi.phi import AUTHORS_SIGMAS, PhiStore, extract
 from fastphi.phi_store import done_file, phi_file
+from fastphi.support import files
 
 N = 7
 
@@ -221,7 +222,7 @@ def test_folder_with_other_files_is_left_alone(model, images, tmp_path):
 
 
 def test_one_writer(model, images, tmp_path):
-    with fastphi.files.locked(tmp_path, "test"), pytest.raises(ValueError, match="another process"):
+    with files.locked(tmp_path, "test"), pytest.raises(ValueError, match="another process"):
         extract(model, images, tmp_path, sigmas=[0.5], draws=1)
 
 

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastphi import checkpoint, files, noise, reference
+from fastphi import checkpoint, noise, reference
 from fastphi.data import MemoryImages
-from fastphi.processes import prefetched
+from fastphi.support import files
+from fastphi.support.processes import prefetched
 from fastphi.train import TrainConfig, Trainer, psnr
 from fastphi.training_process import World
 from fastphi.unet import UNet, UNetConfig

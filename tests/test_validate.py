@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastphi import validate
+from fastphi.support import validate
 from fastphi.unet import UNetConfig
 
 CONFIG = UNetConfig(channels=(2, 2, 2))

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 import fastphi
-from fastphi import checkpoint, data, files
+from fastphi import checkpoint, data
 from fastphi.analysis.clusters import Clusters, clusters
 from fastphi.analysis.common import untrained
 from fastphi.analysis.neighbours import LabelAgreement, label_agreement
 from fastphi.analysis.sparsity import Sparsity, sparsity
 from fastphi.analysis.stability import Stability, stability
+from fastphi.support import files
 
 MODELS = Path(fastphi.__file__).parent / "models"
 LIMIT = 15_000_000  # bytes: the wheel must stay small

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastphi import validate
 from fastphi.analysis.common import Result, finite, gaussian_like, labels_of, new_axes
 from fastphi.analysis.kmeans import KMeans, kmeans
+from fastphi.support import validate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastphi import validate
 from fastphi.analysis.common import Result, finite, matrix
+from fastphi.support import validate
 
 _BATCH = 8192  # rows of a mini-batch, and of what is read at once
 _BATCHES = 100  # mini-batches at most, of one start

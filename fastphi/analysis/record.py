@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fastphi import files
 from fastphi.analysis.common import Result
+from fastphi.support import files
 
 
 def save(result: Result, path: str | os.PathLike[str]) -> None:

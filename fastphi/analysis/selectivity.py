@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastphi import validate
 from fastphi.analysis.common import Result, gaussian_like, matrix, new_axes
 from fastphi.analysis.dip import dip, dip_p_value
 from fastphi.analysis.sparsity import participation_ratio
+from fastphi.support import validate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

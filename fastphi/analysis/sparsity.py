@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastphi import plots
 from fastphi.analysis.common import Result, blocks_of, exceeds, new_axes
+from fastphi.support import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

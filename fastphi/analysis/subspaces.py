@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastphi import validate
 from fastphi.analysis.common import Result, exceeds, finite, gaussian_like, new_axes
 from fastphi.analysis.neighbours import nearest
 from fastphi.analysis.sparsity import participation_ratio
+from fastphi.support import validate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

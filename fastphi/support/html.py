@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastphi import files
+from fastphi.support import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
