@@ -13,8 +13,8 @@ import support
 import torch
 from torch import Tensor, nn
 
-from fastphi import cpu
-from fastphi.unet import UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.engine import cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile
 LAYERS = [(64, 64), (128, 32), (256, 16), (512, 8), (64, 80), (128, 40), (256, 20), (512, 10)]

@@ -16,7 +16,7 @@ import resource, sys, warnings
 warnings.filterwarnings("ignore")
 sys.path.insert(0, {folder!r})
 import cpu_peers, support, torch
-from fastphi.unet import UNetConfig
+from fastphi.config import UNetConfig
 
 def held():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])

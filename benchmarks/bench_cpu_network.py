@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 import fastphi
-from fastphi import cpu, reference
-from fastphi.unet import UNet, UNetConfig
+from fastphi import reference
+from fastphi.config import UNetConfig
+from fastphi.engine import cpu
+from fastphi.unet import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers
 CONFIG = UNetConfig()

@@ -15,7 +15,7 @@ import support
 import torch
 
 import fastphi
-from fastphi.unet import UNetConfig
+from fastphi.config import UNetConfig
 
 pytestmark = gpu_case.marks()
 

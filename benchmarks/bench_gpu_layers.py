@@ -1,6 +1,6 @@
 """Every layer of the network on a GPU, bf16: ours as the runner runs it (with the combination of its
 statistics), cuDNN's bare convolution (channels_last, its algorithm tried out), and cuDNN's with our
-epilogue, which is what gpu_library.json chooses. Each in a CUDA graph.
+epilogue, which is what library.json chooses. Each in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from support import LayerShape
 
-from fastphi import gpu_library, ops
+from fastphi.engine import ops
+from fastphi.engine.gpu import library as gpu_library
 
 pytestmark = gpu_case.marks()
 

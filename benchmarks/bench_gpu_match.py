@@ -19,7 +19,10 @@ import support
 import torch
 
 import fastphi
-from fastphi import engine, gpu, gpu_loop, gpu_match, targets
+from fastphi import engine, targets
+from fastphi.engine.gpu import loop as gpu_loop
+from fastphi.engine.gpu import match as gpu_match
+from fastphi.engine.gpu import runner as gpu
 from fastphi.unet import UNet
 
 pytestmark = gpu_case.marks()

@@ -13,7 +13,8 @@ import support
 import torch
 
 from fastphi import reference
-from fastphi.unet import UNet, UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.unet import UNet
 
 pytestmark = gpu_case.marks()
 

@@ -17,7 +17,8 @@ import support
 import torch
 from torch import Tensor
 
-from fastphi import cpu, reference
+from fastphi import reference
+from fastphi.engine import cpu
 from fastphi.unet import UNet
 
 Call = Callable[[Tensor], Tensor]

@@ -17,7 +17,7 @@ import support
 import torch
 
 import fastphi
-from fastphi.unet import UNetConfig
+from fastphi.config import UNetConfig
 
 PARTS, ALLOWED = 10, 16  # MiB
 CASES = list(itertools.product([(1, 64), (8, 64), (3, 80)], [torch.float32, torch.bfloat16]))

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastphi
-from fastphi.unet import UNet, UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.unet import UNet
 
 IMAGENET = 1_281_167  # images of the training set
 BATCHES = (1, 8, 64, 512)

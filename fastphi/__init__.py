@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 # Every public name and where it lives. Loaded when first used: `import fastphi` needs torch and numpy.
 _PUBLIC = {
     "UNet": "unet",
-    "UNetConfig": "unet",
-    "TrainingInfo": "unet",
+    "UNetConfig": "config",
+    "TrainingInfo": "config",
     "save": "checkpoint",
     "load": "checkpoint",
     "load_authors_checkpoint": "checkpoint",
@@ -35,7 +35,7 @@ _MODULES = {
     "data": "data",
     "engine": "engine",
     "noise": "noise",
-    "ops": "ops",
+    "ops": "engine.ops",
     "pretrained": "pretrained",
     "reference": "reference",
     "targets": "targets",
@@ -59,9 +59,11 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from fastphi import data, engine, noise, ops, pretrained, reference, targets, train
+    from fastphi import data, engine, noise, pretrained, reference, targets, train
     from fastphi.checkpoint import load, load_authors_checkpoint, save
+    from fastphi.config import TrainingInfo, UNetConfig
     from fastphi.data import PackedImages
+    from fastphi.engine import ops
     from fastphi.guidance import MatchResult, match_phi
     from fastphi.packing import pack
     from fastphi.phi import PhiStore, extract
@@ -69,4 +71,4 @@ if TYPE_CHECKING:
     from fastphi.reconstruction import Reconstruction, reconstruct
     from fastphi.sampling import sample
     from fastphi.support import validate
-    from fastphi.unet import TrainingInfo, UNet, UNetConfig
+    from fastphi.unet import UNet

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastphi.config import TrainingInfo, UNetConfig
 from fastphi.support import validate
-from fastphi.unet import TrainingInfo, UNet, UNetConfig
+from fastphi.unet import UNet
 
 WEIGHTS, ARGUMENTS = FILES = ("model.pt", "exp_arguments.pkl")
 

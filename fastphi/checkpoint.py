@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fastphi import authors
+from fastphi.config import TrainingInfo, UNetConfig
 from fastphi.support import files, validate
-from fastphi.unet import TrainingInfo, UNet, UNetConfig
+from fastphi.unet import UNet
 
 log = logging.getLogger("fastphi")
 

@@ -22,8 +22,8 @@ except ModuleNotFoundError:
     )
 
 from fastphi.cli_samples import Backend, reconstruct, sample
+from fastphi.config import UNetConfig
 from fastphi.train import TrainConfig
-from fastphi.unet import UNetConfig
 
 
 def pack(

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 
 import fastphi
-from fastphi import engine, gpu_library, gpu_loop, ops
-from fastphi.unet import UNetConfig
+from fastphi import engine
+from fastphi.config import UNetConfig
+from fastphi.engine import ops
+from fastphi.engine.gpu import library, loop
 
 _PACKAGES = (
     "torch",
@@ -38,8 +40,8 @@ def report() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "compiled": {"cpu": _compiled("cpu"), "cuda": _compiled("cuda")},
         "triton_kernels": _triton_kernels(),
-        "cudnn": gpu_library.text(),
-        "match_loop": gpu_loop.text(),
+        "cudnn": library.text(),
+        "match_loop": loop.text(),
         "engines": [row for device in _devices() for row in _engines(device)],
     }
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import ops, reference
+from fastphi import reference
+from fastphi.engine import ops
 from fastphi.support import validate
 
 # A stream is a purpose (high byte) and an index within it (σ index, sampling step, ...), so draws for

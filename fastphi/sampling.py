@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import engine, guidance, noise, ops
+from fastphi import engine, guidance, noise
+from fastphi.engine import ops
 from fastphi.guidance import MatchResult
 from fastphi.result import Reconstruction
 from fastphi.sampling_plan import Plan, make_plan

@@ -12,7 +12,8 @@ from fastphi.support import validate
 from fastphi.target_kinds import Targets, sample_ids
 
 if TYPE_CHECKING:
-    from fastphi.unet import TrainingInfo, UNet
+    from fastphi.config import TrainingInfo
+    from fastphi.unet import UNet
 
 log = logging.getLogger("fastphi")
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import engine, ops
+from fastphi import engine
+from fastphi.engine import ops
 from fastphi.result import TABLES, Reconstruction
 from fastphi.support import validate
 

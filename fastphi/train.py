@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastphi import data, engine, noise, training_folder
+from fastphi.config import TrainingInfo
 from fastphi.support import files, processes, validate
 from fastphi.training_config import TrainConfig
 from fastphi.training_log import Callback, Writer
 from fastphi.training_process import Interrupts, World, deterministic
-from fastphi.unet import TrainingInfo, UNet
+from fastphi.unet import UNet
 
 __all__ = ["TrainConfig", "Trainer", "psnr"]
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fastphi import cpu, engine
+from fastphi import engine
+from fastphi.config import UNetConfig
+from fastphi.engine import cpu
 from fastphi.support import validate
-from fastphi.unet import UNetConfig
 
 # A resumed run may change these: they say where things are and how long and how often, and none of
 # them changes the parameters after a given step. The images are compared by content, not by path.

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastphi import engine
-from fastphi.unet import UNet, UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.unet import UNet
 
 
 @pytest.fixture(autouse=True)

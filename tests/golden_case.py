@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fastphi import authors
-from fastphi.unet import UNet, UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.unet import UNet
 
 NAMES = ("public_small", "public_upbias")
 _FOLDER = Path(__file__).parent / "golden"

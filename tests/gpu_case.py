@@ -11,8 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastphi import gpu, gpu_match, gpu_ops, ops, reference
-from fastphi.unet import UNet, UNetConfig
+from fastphi import reference
+from fastphi.config import UNetConfig
+from fastphi.engine import ops
+from fastphi.engine.gpu import match as gpu_match
+from fastphi.engine.gpu import ops as gpu_ops
+from fastphi.engine.gpu import runner as gpu
+from fastphi.unet import UNet
 
 
 def why_no_gpu(whole_engine: bool = True) -> str | None:

@@ -22,7 +22,8 @@ import torch
 import fastphi
 from fastphi import checkpoint
 from fastphi.checkpoint import fingerprint, load, load_authors_checkpoint, save
-from fastphi.unet import TrainingInfo, UNet, UNetConfig
+from fastphi.config import TrainingInfo, UNetConfig
+from fastphi.unet import UNet
 
 # --- our own format -------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from golden_case import NAMES, load_golden
 
-from fastphi import engine, ops
+from fastphi import engine
+from fastphi.engine import ops
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastphi
-from fastphi import cpu_bf16, engine, ops, reference
+from fastphi import engine, reference
+from fastphi.config import UNetConfig
+from fastphi.engine import ops
+from fastphi.engine.cpu import bf16 as cpu_bf16
 from fastphi.guidance import match_phi
-from fastphi.unet import UNet, UNetConfig
+from fastphi.unet import UNet
 
 BUILD = json.loads(torch.ops.fastphi.build_info()) if ops.missing() is None else {"bf16": False}
 FORMS = ("amx", "avx512_bf16")
@@ -197,7 +200,8 @@ def test_without_bfloat16_the_reason_is_told():
     code = """
 import torch
 from fastphi import engine
-from fastphi.unet import UNet, UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.unet import UNet
 x = torch.rand(1, 3, 8, 8)
 model = UNet(UNetConfig(channels=(4, 8))).requires_grad_(False)
 with torch.autocast("cpu", torch.bfloat16):

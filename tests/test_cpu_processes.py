@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastphi import UNet, UNetConfig, cpu, match_phi, ops
+from fastphi import UNet, UNetConfig, match_phi
+from fastphi.engine import cpu, ops
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 

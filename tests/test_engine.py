@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fastphi import engine, reference
-from fastphi.unet import UNet, UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.engine import seam
+from fastphi.unet import UNet
 
 
 @pytest.fixture
@@ -31,9 +33,10 @@ def fake(monkeypatch):
         None if dtype == torch.float32 else f"it does not take {dtype}"
     ))  # fmt: skip
     engines = (never, single, engine.ENGINES[-1])
-    monkeypatch.setattr(engine, "ENGINES", engines)
-    monkeypatch.setattr(engine, "BACKENDS", ("auto", *(e.name for e in engines)))
-    monkeypatch.setattr(engine, "_told", set())
+    monkeypatch.setattr(seam, "ENGINES", engines)
+    for module in (engine, seam):
+        monkeypatch.setattr(module, "BACKENDS", ("auto", *(e.name for e in engines)))
+    monkeypatch.setattr(seam, "_told", set())
     monkeypatch.delenv("FASTPHI_BACKEND", raising=False)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastphi
-from fastphi import ops
-from fastphi.unet import UNet, UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.engine import ops
+from fastphi.unet import UNet
 
 if importlib.util.find_spec("fastphi.triton_kernels") is None:
     pytest.skip("fastphi.triton_kernels is not installed", allow_module_level=True)
@@ -22,7 +23,9 @@ if ops.missing() is not None:
 import emulated  # noqa: E402
 import gpu_case  # noqa: E402
 
-from fastphi import gpu, gpu_ends, gpu_layer  # noqa: E402
+from fastphi.engine.gpu import ends as gpu_ends  # noqa: E402
+from fastphi.engine.gpu import layer as gpu_layer  # noqa: E402
+from fastphi.engine.gpu import runner as gpu  # noqa: E402
 
 BF16 = torch.bfloat16
 

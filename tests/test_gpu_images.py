@@ -11,7 +11,8 @@ import pytest
 import torch
 from gpu_ops_case import DEVICES, DTYPES, GPU, poisoned, random, same_bits
 
-from fastphi import data, noise, ops, reference
+from fastphi import data, noise, reference
+from fastphi.engine import ops
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 

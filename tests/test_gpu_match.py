@@ -15,8 +15,11 @@ import pytest
 import torch
 
 import fastphi
-from fastphi import gpu, gpu_match, reference, targets
-from fastphi.unet import UNet, UNetConfig
+from fastphi import reference, targets
+from fastphi.config import UNetConfig
+from fastphi.engine.gpu import match as gpu_match
+from fastphi.engine.gpu import runner as gpu
+from fastphi.unet import UNet
 
 pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
 

@@ -9,7 +9,7 @@ import gpu_case
 import pytest
 import torch
 
-from fastphi import ops
+from fastphi.engine import ops
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 DEVICES = pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gpu_ops_case import DEVICES, DTYPES, EPS, GPU, poisoned, random, same_bits
 
-from fastphi import ops
+from fastphi.engine import ops
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 

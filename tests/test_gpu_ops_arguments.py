@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_ops_case import DEVICES, EPS, GPU, random
 
-from fastphi import ops
+from fastphi.engine import ops
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 

@@ -14,7 +14,8 @@ import torch
 
 import fastphi
 from fastphi import noise, reference
-from fastphi.unet import UNet, UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.unet import UNet
 
 pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
 

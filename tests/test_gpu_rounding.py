@@ -7,7 +7,7 @@ import copy
 import torch
 
 import fastphi
-from fastphi.rounding import rounded
+from fastphi.engine.rounding import rounded
 
 
 def random(*shape: int) -> torch.Tensor:

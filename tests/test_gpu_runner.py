@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import fastphi
-from fastphi import gpu, reference
-from fastphi.unet import UNet, UNetConfig
+from fastphi import reference
+from fastphi.config import UNetConfig
+from fastphi.engine.gpu import runner as gpu
+from fastphi.unet import UNet
 
 pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
 

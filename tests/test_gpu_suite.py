@@ -22,8 +22,8 @@ import gpu_suite  # noqa: E402
 import gpu_tables  # noqa: E402
 import support  # noqa: E402
 
-from fastphi import gpu_loop  # noqa: E402
-from fastphi.unet import UNetConfig  # noqa: E402
+from fastphi.config import UNetConfig  # noqa: E402
+from fastphi.engine.gpu import loop as gpu_loop  # noqa: E402
 
 MACHINE = {"gpu": "made up", "capability": [9, 0]}
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import fastphi
-from fastphi import engine, gpu_ops
-from fastphi.unet import UNet, UNetConfig
+from fastphi import engine
+from fastphi.config import UNetConfig
+from fastphi.engine.gpu import ops as gpu_ops
+from fastphi.unet import UNet
 
 pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
 

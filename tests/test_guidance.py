@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastphi import engine, guidance, reference
+from fastphi.config import UNetConfig
 from fastphi.guidance import match_phi
-from fastphi.unet import UNet, UNetConfig
+from fastphi.unet import UNet
 
 CONFIG = UNetConfig(channels=(4, 6, 8), dec_layers=2)
 

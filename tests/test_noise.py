@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from fastphi import noise, ops, reference
+from fastphi import noise, reference
+from fastphi.engine import ops
 
 PINNED = (
     "b9cd49b7 beb7b1af bfa443ce bedb61e6 bd04e1c7 3fd9cd62 bf0a9b39 be41a8bb bf3e93f7 bf81d7cd"

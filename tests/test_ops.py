@@ -20,7 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastphi import engine, ops, reference
+from fastphi import engine, reference
+from fastphi.engine import ops
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from fastphi import noise, reference, targets
+from fastphi.config import TrainingInfo, UNetConfig
 from fastphi.reconstruction import Reconstruction, reconstruct
 from fastphi.sampling import sample
 from fastphi.sampling_record import Record
-from fastphi.unet import TrainingInfo, UNet, UNetConfig
+from fastphi.unet import UNet
 
 CONFIG = UNetConfig(channels=(4, 8), dec_layers=2)
 MEAN = (0.4, 0.5, 0.6)

@@ -11,7 +11,8 @@ import torch
 
 import fastphi
 from fastphi import noise, reference, targets
-from fastphi.unet import UNet, UNetConfig
+from fastphi.config import UNetConfig
+from fastphi.unet import UNet
 
 CONFIG = UNetConfig(channels=(4, 8), dec_layers=2)
 

@@ -21,12 +21,13 @@ import pytest
 import torch
 
 from fastphi import checkpoint, noise, reference
+from fastphi.config import UNetConfig
 from fastphi.data import MemoryImages
 from fastphi.support import files
 from fastphi.support.processes import prefetched
 from fastphi.train import TrainConfig, Trainer, psnr
 from fastphi.training_process import World
-from fastphi.unet import UNet, UNetConfig
+from fastphi.unet import UNet
 
 NETWORK = UNetConfig(channels=(4, 6), dec_layers=2, mid_layers=2)
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,12 @@ import pytest
 import torch
 from triton_case import DEVICE, INTERPRETED, need_kernels
 
-from fastphi import gpu, gpu_match, ops, reference
-from fastphi.unet import UNet, UNetConfig
+from fastphi import reference
+from fastphi.config import UNetConfig
+from fastphi.engine import ops
+from fastphi.engine.gpu import match as gpu_match
+from fastphi.engine.gpu import runner as gpu
+from fastphi.unet import UNet
 
 need_kernels()
 if (reason := ops.missing() if INTERPRETED else gpu.missing()) is not None:

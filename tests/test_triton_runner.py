@@ -16,8 +16,12 @@ import torch
 from triton_case import DEVICE, INTERPRETED, need_kernels
 
 import fastphi
-from fastphi import engine, gpu, gpu_library, noise, ops, phi, phi_chunk, reference
-from fastphi.unet import UNet, UNetConfig
+from fastphi import engine, noise, phi, phi_chunk, reference
+from fastphi.config import UNetConfig
+from fastphi.engine import ops, seam
+from fastphi.engine.gpu import library as gpu_library
+from fastphi.engine.gpu import runner as gpu
+from fastphi.unet import UNet
 
 need_kernels()
 if (reason := ops.missing() if INTERPRETED else gpu.missing()) is not None:
@@ -307,7 +311,7 @@ def served(monkeypatch):
     ours = next(e for e in engine.ENGINES if e.name == "cuda")
     refuses = lambda config, device, dtype: gpu.refuses_network(config, dtype)  # noqa: E731
     here = engine.Engine("cuda", ours.what, DEVICE.type, ours.ops, ours.runner, refuses)
-    monkeypatch.setattr(engine, "ENGINES", (here, *(e for e in engine.ENGINES if e is not ours)))
+    monkeypatch.setattr(seam, "ENGINES", (here, *(e for e in engine.ENGINES if e is not ours)))
 
 
 @pytest.mark.usefixtures("served")

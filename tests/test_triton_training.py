@@ -12,14 +12,19 @@ import pytest
 import torch
 from triton_case import DEVICE, INTERPRETED, need_kernels
 
-from fastphi import gpu, ops, reference
-from fastphi.unet import UNet, UNetConfig
+from fastphi import reference
+from fastphi.config import UNetConfig
+from fastphi.engine import ops
+from fastphi.engine.gpu import runner as gpu  # noqa: E402
+from fastphi.unet import UNet
 
 need_kernels()
 if (reason := ops.missing() if INTERPRETED else gpu.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from fastphi import gpu_ends, gpu_layer, gpu_ops  # noqa: E402
+from fastphi.engine.gpu import ends as gpu_ends  # noqa: E402
+from fastphi.engine.gpu import layer as gpu_layer  # noqa: E402
+from fastphi.engine.gpu import ops as gpu_ops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 

@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastphi import reference
-from fastphi.unet import TrainingInfo, UNet, UNetConfig
+from fastphi.config import TrainingInfo, UNetConfig
+from fastphi.unet import UNet
 
 # --- facts of the paper ---------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastphi.config import UNetConfig
 from fastphi.support import validate
-from fastphi.unet import UNetConfig
 
 CONFIG = UNetConfig(channels=(2, 2, 2))
 GOOD = torch.rand(2, 3, 8, 4)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastphi import engine, ops
+from fastphi import engine
+from fastphi.engine import ops
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 

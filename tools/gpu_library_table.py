@@ -1,6 +1,6 @@
-"""Write fastphi/gpu_library.json from the layers that gpu_suite.py timed.
+"""Write fastphi/engine/gpu/library.json from the layers that gpu_suite.py timed.
 
-    python tools/gpu_library_table.py out/gpu/layers.json [--out fastphi/gpu_library.json] [--by 1.03]
+    python tools/gpu_library_table.py out/gpu/layers.json [--out TABLE.json] [--by 1.03]
 
 A layer goes to cuDNN and our epilogue from the smallest batch on from which that is faster, by more
 than a factor --by, at every batch that was measured.
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).resolve().parents[1] / "fastphi" / "gpu_library.json"
+TABLE = Path(__file__).resolve().parents[1] / "fastphi/engine/gpu/library.json"
 
 
 def table(found: dict[str, Any], by: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Write fastphi/gpu_loop.json from the matches that gpu_suite.py timed in both forms of the loop.
+"""Write fastphi/engine/gpu/loop.json from the matches that gpu_suite.py timed in both forms of the loop.
 
-python tools/gpu_loop_table.py out/gpu/match.json [--out fastphi/gpu_loop.json]
+python tools/gpu_loop_table.py out/gpu/match.json [--out fastphi/engine/gpu/loop.json]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).resolve().parents[1] / "fastphi" / "gpu_loop.json"
+TABLE = Path(__file__).resolve().parents[1] / "fastphi/engine/gpu/loop.json"
 
 
 def table(found: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastphi import ops
+from fastphi.engine import ops
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 TYPES = {torch.uint8: 0, torch.bfloat16: 1, torch.float32: 2}  # Dtype of csrc/pixel.h

@@ -1,21 +1,19 @@
-"""A model's weights as the GPU engine's kernels read them, for its runner (fastphi/gpu.py)."""
+"""A model's weights as the GPU engine's kernels read them, for its runner (runner.py)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastphi import gpu_library
-
-if TYPE_CHECKING:
-    from fastphi.unet import UNet
+from fastphi.engine.gpu import library
+from fastphi.engine.network import Network
 
 
 class Weights(NamedTuple):
     """Of one layer: packed weight, in the engine's dtype; bias and gamma (C,) float32, or None; and
-    cuDNN's form of the weight, where it may be asked (gpu_library.py)."""
+    cuDNN's form of the weight, where it may be asked (library.py)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -26,7 +24,7 @@ class Weights(NamedTuple):
 class Packed:
     """A model's weights as the kernels read them: {"enc1.0": ..., "up3": ..., "dec3.0": ...}."""
 
-    def __init__(self, model: UNet, dtype: torch.dtype, stamp: tuple) -> None:
+    def __init__(self, model: Network, dtype: torch.dtype, stamp: tuple) -> None:
         self.dtype, self.stamp = dtype, stamp
         self.layers = {
             name: Weights(
@@ -39,7 +37,7 @@ class Packed:
         }
 
     @staticmethod
-    def key(model: UNet) -> tuple:
+    def key(model: Network) -> tuple:
         return tuple(
             (p.data_ptr(), 0 if p.is_inference() else p._version, p.device, p.dtype)
             for p in model.parameters()
@@ -79,9 +77,9 @@ def _sources(name: str) -> int:
 
 def _for_library(name: str, module: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
     wanted = dtype == torch.bfloat16 and getattr(module, "gamma", None) is not None
-    if not wanted or not gpu_library.table()["rows"]:
+    if not wanted or not library.table()["rows"]:
         return ()
-    return gpu_library.split(module.weight, _sources(name), dtype)
+    return library.split(module.weight, _sources(name), dtype)
 
 
 def _vectors(module: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -93,7 +91,7 @@ def _vectors(module: Any) -> tuple[Tensor | None, Tensor | None]:
 class Transposed(Packed):
     """The weights of the encoder and the middle block as `conv_bwd` reads them."""
 
-    def __init__(self, model: UNet, dtype: torch.dtype, stamp: tuple) -> None:
+    def __init__(self, model: Network, dtype: torch.dtype, stamp: tuple) -> None:
         from fastphi.triton_kernels import conv_bwd
 
         self.dtype, self.stamp = dtype, stamp

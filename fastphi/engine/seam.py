@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fastphi import cpu, gpu, gpu_ops, ops, reference
+from fastphi import reference
+from fastphi.engine import cpu, gpu, ops
+from fastphi.engine.network import Network
 
 if TYPE_CHECKING:
-    from fastphi.unet import UNet, UNetConfig
+    from fastphi.config import UNetConfig
 
 log = logging.getLogger("fastphi")
 
@@ -72,7 +74,7 @@ class Engine:
     what: str
     device: str | None  # the type of device it is made for; None: any
     ops: Ops
-    runner: Callable[[UNet], Runner]
+    runner: Callable[[Network], Runner]
     refuses: Callable[[UNetConfig, torch.device, torch.dtype], str | None]
     ops_refuse: Callable[[torch.dtype], str | None] = lambda dtype: None
 
@@ -93,7 +95,7 @@ ENGINES = (
         "cuda",
         "Triton and CUDA kernels (triton_kernels, csrc/cuda)",
         "cuda",
-        gpu_ops.GPUOps(),
+        gpu.GPUOps(),
         gpu.GPURunner,
         gpu.refuses,
     ),
@@ -117,11 +119,11 @@ ENGINES = (
 )
 BACKENDS = ("auto", *(engine.name for engine in ENGINES))
 
-_runners: weakref.WeakKeyDictionary[UNet, dict[str, Runner]] = weakref.WeakKeyDictionary()
+_runners: weakref.WeakKeyDictionary[Network, dict[str, Runner]] = weakref.WeakKeyDictionary()
 _told: set[str] = set()
 
 
-def runner(model: UNet, x: Tensor) -> Runner:
+def runner(model: Network, x: Tensor) -> Runner:
     """The prepared model that serves x: made once per model and engine."""
     engine = pick(model, x)
     prepared = _runners.setdefault(model, {})
@@ -131,7 +133,7 @@ def runner(model: UNet, x: Tensor) -> Runner:
     return prepared[engine.name]
 
 
-def pick(model: UNet, x: Tensor, gradient: bool = False) -> Engine:
+def pick(model: Network, x: Tensor, gradient: bool = False) -> Engine:
     """The engine that serves x: `model.backend`, or FASTPHI_BACKEND, or the first that can.
 
     gradient: it is the engine's ops that are wanted, not its runner.

@@ -1,4 +1,4 @@
-"""What the GPU engine prepares (fastphi/gpu.py) for each batch size: the launches of the network, their
+"""What the GPU engine prepares (runner.py) for each batch size: the launches of the network, their
 memory and the graph that replays them.
 """
 
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastphi import gpu_library, ops
-from fastphi.gpu_pack import Packed
+from fastphi.engine import ops
+from fastphi.engine.gpu import library
+from fastphi.engine.gpu.pack import Packed
 
 if TYPE_CHECKING:
-    from fastphi.unet import UNetConfig
+    from fastphi.config import UNetConfig
 
 
 _capturing = threading.Lock()  # torch captures with state of the whole process: one at a time
@@ -196,9 +197,9 @@ class Plan:
         r2, s2 = skip or (None, None)
         options |= dict(r2=r2, s2=s2)
         c_in = (c,) if r2 is None else (c, r2.shape[3])
-        if layer.library and gpu_library.takes(c_in, c_out, height, width, n, self.device):
+        if layer.library and library.takes(c_in, c_out, height, width, n, self.device):
             return (
-                gpu_library.layer_fwd,
+                library.layer_fwd,
                 (r, s, layer.library, layer.bias, layer.gamma),
                 partial(epilogue.partials_per_image, c_out, *place),
                 partial(epilogue.sums_per_image, c_out, *place),

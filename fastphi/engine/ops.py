@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastphi import op_rules
+from fastphi.engine import op_rules
 
 HOW = "build it with: pip install --no-build-isolation -e ."
 # what the runner calls beside the differentiable ops: the latest of it tells an old library
@@ -29,8 +29,8 @@ RUNNER_OPS = ("weights_stamp", "in_large_pages")
 
 
 def _load(name: str) -> str | None:
-    """Loads a shared object beside this file; the reason where that fails."""
-    found = sorted(Path(__file__).parent.glob(f"{name}*.so"))
+    """Loads a shared object of the package's own folder; the reason where that fails."""
+    found = sorted(Path(__file__).parents[1].glob(f"{name}*.so"))
     how = HOW
     if not found:
         return f"the compiled library (fastphi/{name}*.so) is not there; {how}"

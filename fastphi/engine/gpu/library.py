@@ -1,7 +1,7 @@
 """Layers that the GPU engine gives to cuDNN, with an epilogue of its own: those where that measured
 faster than the fused layer.
 
-The table, gpu_library.json, is written from measurements by tools/gpu_library_table.py, and is empty
+The table, library.json, is written from measurements by tools/gpu_library_table.py, and is empty
 until there are some. cuDNN chooses its algorithm by batch size: for the layers of the table, and for
 no others, the last bits of a result may depend on how many images share a launch.
 """
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastphi.rounding import rounded
+from fastphi.engine.rounding import rounded
 
-TABLE = Path(__file__).parent / "gpu_library.json"
+TABLE = Path(__file__).parent / "library.json"
 
 
 @cache

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastphi import ops
-from fastphi.gpu_pack import Transposed
-from fastphi.gpu_plan import Plan
+from fastphi.engine import ops
+from fastphi.engine.gpu.pack import Transposed
+from fastphi.engine.gpu.plan import Plan
 
 
 class Kept(NamedTuple):

@@ -2,7 +2,7 @@
 
 Computes in bfloat16 (tensor cores, sums and statistics in float32), or in float32 with products as
 torch's convolutions make them (`torch.backends.cudnn.conv.fp32_precision`). Where a gradient is needed,
-the ops of fastphi/gpu_ops.py serve.
+the ops of ops.py beside it serve.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastphi import gpu_layer, gpu_match, gpu_plan, ops
-from fastphi.gpu_match import MatchPlan
-from fastphi.gpu_pack import Packed
-from fastphi.gpu_plan import Plan, widths
+from fastphi.engine import ops
+from fastphi.engine.gpu.layer import products
+from fastphi.engine.gpu.match import MatchPlan, capacity, rows_for
+from fastphi.engine.gpu.pack import Packed
+from fastphi.engine.gpu.plan import Plan, not_captured, widths
+from fastphi.engine.network import Network
 
 if TYPE_CHECKING:
-    from fastphi.unet import UNet, UNetConfig
+    from fastphi.config import UNetConfig
 
 DTYPES = (torch.bfloat16, torch.float32)
 CHUNK = 256 * 64 * 64  # pixels in one launch: two waves of the smallest level's programs on 132 SMs
@@ -88,7 +90,7 @@ class GPURunner:
     dtype. Means are float32, images of x's dtype.
     """
 
-    def __init__(self, model: UNet) -> None:
+    def __init__(self, model: Network) -> None:
         self.model = model
         self._packed: dict[torch.dtype, Packed] = {}
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
@@ -219,7 +221,7 @@ class GPURunner:
         if packed is not None and packed.stamp == key:
             return packed
         if torch.cuda.is_available():
-            gpu_plan.not_captured("weights are packed")
+            not_captured("weights are packed")
         fresh = Packed(self.model, dtype, key)
         if packed is not None and packed.fits(fresh):
             for plan in self._plans.values():
@@ -236,7 +238,7 @@ class GPURunner:
     def _plan(
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, until: str | None
     ) -> Plan:
-        precision = gpu_layer.products(packed.dtype)
+        precision = products(packed.dtype)
         return self._kept(
             (shape, packed.dtype, device, until, precision),
             lambda: Plan(self.model.config, packed, shape, device, until, precision),
@@ -245,8 +247,8 @@ class GPURunner:
     def _match_plan(
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, max_iter: int
     ) -> MatchPlan:
-        precision = gpu_layer.products(packed.dtype)
-        shape, rows = (gpu_match.capacity(shape[0]), *shape[1:]), gpu_match.rows_for(max_iter)
+        precision = products(packed.dtype)
+        shape, rows = (capacity(shape[0]), *shape[1:]), rows_for(max_iter)
         plan = self._kept(
             (shape, packed.dtype, device, "match", rows, precision),
             lambda: MatchPlan(self.model, packed, shape, device, precision, rows),

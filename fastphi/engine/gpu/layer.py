@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastphi import ops
-from fastphi.op_rules import no_second_derivative
+from fastphi.engine import ops
+from fastphi.engine.op_rules import no_second_derivative
 
 
 def products(dtype: torch.dtype) -> str:

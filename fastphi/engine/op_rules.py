@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from fastphi.op_rules_gpu import FAKES, FLOATS, expect_like
+from fastphi.engine.op_rules_gpu import FAKES, FLOATS, expect_like
 
 
 def _expect(t: Tensor, name: str, shape: tuple[Any, ...], like: Tensor | None = None) -> None:

@@ -9,17 +9,17 @@ filled costs no more than the images in it.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastphi import gpu_loop, gpu_plan, ops
-from fastphi.gpu_iteration import Iteration
-from fastphi.gpu_pack import Packed, Transposed
-
-if TYPE_CHECKING:
-    from fastphi.unet import UNet
+from fastphi.engine import ops
+from fastphi.engine.gpu import loop
+from fastphi.engine.gpu.iteration import Iteration
+from fastphi.engine.gpu.pack import Packed, Transposed
+from fastphi.engine.gpu.plan import not_captured
+from fastphi.engine.network import Network
 
 STEPS = (
     4  # iterations in a graph: a look at the flag every millisecond or so, next to none for nothing
@@ -42,7 +42,7 @@ class MatchPlan(Iteration):
 
     def __init__(
         self,
-        model: UNet,
+        model: Network,
         packed: Packed,
         shape: tuple[int, ...],
         device: torch.device,
@@ -51,7 +51,7 @@ class MatchPlan(Iteration):
     ) -> None:
         """shape: (capacity, H, W); rows: of the losses, max_iter + 1 at most."""
         if device.type == "cuda":
-            gpu_plan.not_captured(f"a batch of shape {shape} (N, H, W) is matched")
+            not_captured(f"a batch of shape {shape} (N, H, W) is matched")
         self.config, self.packed, self.device, self.precision = (
             model.config,
             packed,
@@ -73,7 +73,7 @@ class MatchPlan(Iteration):
             self._capture()
 
     def _capture(self) -> None:
-        make = gpu_loop.on_device(self.n, self.device)
+        make = loop.on_device(self.n, self.device)
         self.graph_options = {"keep_graph": make is not None}
         super()._capture()
         if make is not None and self.graph is not None:
@@ -146,7 +146,7 @@ class MatchPlan(Iteration):
             self.converged[:n].bool(),
         )
 
-    def refresh(self, model: UNet) -> None:
+    def refresh(self, model: Network) -> None:
         """Pack the transposed weights again where the others have been."""
         if self.transposed.stamp != self.packed.stamp:
             fresh = Transposed(model, self.packed.dtype, self.packed.stamp)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastphi.rounding import rounded, two_parts
+from fastphi.engine.rounding import rounded, two_parts
 
 BLOCK = 32  # channels of a block, outputs of a panel
 IMAGE_CHANNELS = 8  # at most: two parts of each fill the 16 columns of a tile

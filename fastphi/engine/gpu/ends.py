@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastphi.gpu_layer import products, room_for_sums, weight_gradient
-from fastphi.op_rules import no_second_derivative
+from fastphi.engine.gpu.layer import products, room_for_sums, weight_gradient
+from fastphi.engine.op_rules import no_second_derivative
 
 # --- the first layer: image -> r, no norm, no scalar ---------------------------------------------
 

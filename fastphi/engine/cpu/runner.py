@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastphi import cpu_bf16, ops
+from fastphi.engine import ops
+from fastphi.engine.cpu import bf16
+from fastphi.engine.network import Network
 
 if TYPE_CHECKING:
-    from fastphi.unet import UNet, UNetConfig
+    from fastphi.config import UNetConfig
 
 
 def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -46,7 +48,7 @@ def _refuses_bf16(config: UNetConfig) -> str | None:
             f"bfloat16 needs AVX512_BF16 or AMX, and instruction set {build['isa']} is what this "
             "processor, or FASTPHI_ISA, leaves it"
         )
-    most, channels = cpu_bf16.IMAGE_CHANNELS, config.image_channels
+    most, channels = bf16.IMAGE_CHANNELS, config.image_channels
     if channels > most:
         return f"in bfloat16 images have at most {most} channels, not {channels}"
     return None
@@ -112,7 +114,7 @@ class CPURunner:
     Weights are packed when first needed and again when a parameter has changed.
     """
 
-    def __init__(self, model: UNet) -> None:
+    def __init__(self, model: Network) -> None:
         self.model = model
         self._packed: dict[str, tuple[tuple, list[Tensor]]] = {}
 
@@ -230,27 +232,27 @@ class CPURunner:
         layers = [n.removesuffix(".weight") for n in parameters if n.endswith(".weight")]
         weights = {layer: parameters[f"{layer}.weight"] for layer in layers}
         if transposed:
-            return cpu_bf16.together(
-                [cpu_bf16.transposed(w, first=layer == "enc1.0") for layer, w in weights.items()]
+            return bf16.together(
+                [bf16.transposed(w, first=layer == "enc1.0") for layer, w in weights.items()]
             )
         kernels, rest = [], []
-        image = f"dec1.{len(self.model.dec1) - 1}"  # type: ignore[arg-type]
+        image = f"dec1.{len(self.model.get_submodule('dec1')) - 1}"  # type: ignore[arg-type]
         for layer, weight in weights.items():
             up = layer.startswith("up")
             if up:
-                first = cpu_bf16.upsample(weight)
+                first = bf16.upsample(weight)
             elif layer == "enc1.0":
-                first = cpu_bf16.first(weight)
+                first = bf16.first(weight)
             elif layer == image:
-                first = cpu_bf16.last(weight)
+                first = bf16.last(weight)
             else:
-                first = cpu_bf16.conv(weight, _own(layer, weight))
+                first = bf16.conv(weight, _own(layer, weight))
             none = torch.empty(0)
             zeros = none if up else weight.new_zeros(weight.shape[0])
             both = parameters.get(f"{layer}.bias", zeros), parameters.get(f"{layer}.gamma", none)
             kernels.append(first)
-            rest.append([cpu_bf16.padded(p) for p in both])
-        joined = zip(cpu_bf16.together(kernels), rest, strict=True)
+            rest.append([bf16.padded(p) for p in both])
+        joined = zip(bf16.together(kernels), rest, strict=True)
         return [part for kernel, both in joined for part in (kernel, *both)]
 
 

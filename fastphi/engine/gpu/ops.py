@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastphi import ops
-from fastphi.gpu_ends import first_layer_fwd, last_layer_fwd, upsample_fwd
-from fastphi.gpu_layer import layer_fwd, planar
+from fastphi.engine import ops
+from fastphi.engine.gpu.ends import first_layer_fwd, last_layer_fwd, upsample_fwd
+from fastphi.engine.gpu.layer import layer_fwd, planar
 
 
 class Deferred(NamedTuple):

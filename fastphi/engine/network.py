@@ -1,0 +1,25 @@
+"""What an engine knows of a network: its sizes and its parts, not the class that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import nn
+
+from fastphi.config import UNetConfig
+
+
+class Network(Protocol):
+    """A denoiser of `config`'s sizes, as an engine sees it (`fastphi.UNet` is one).
+
+    Its parts are modules named enc1 ... mid ... up{b}, dec{b} ... dec1: lists of layers with `weight`,
+    `bias`, `gamma`, and up-samplings with `weight`, `bias`.
+    """
+
+    config: UNetConfig
+    backend: str
+
+    def get_submodule(self, target: str) -> nn.Module: ...
+    def named_modules(self) -> Iterator[tuple[str, Any]]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
