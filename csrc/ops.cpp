@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "-> "
       "Tensor");
 
-  // The runner's (fastphi/cpu.py): a whole network in a call, on packed weights, without autograd.
+  // The runner's (fastphi/engine/cpu/runner.py): a whole network in a call, on packed weights, without autograd.
   m.def("pack_conv_weights(Tensor weight, int own, bool transposed) -> Tensor");
   m.def("pack_upsample_weights(Tensor weight) -> Tensor");
   m.def("in_large_pages(Tensor x) -> Tensor");

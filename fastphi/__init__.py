@@ -21,7 +21,7 @@ _PUBLIC = {
     "load": "checkpoint",
     "load_authors_checkpoint": "checkpoint",
     "load_pretrained": "pretrained",
-    "pack": "packing",
+    "pack": "data",
     "PackedImages": "data",
     "extract": "phi",
     "PhiStore": "phi",
@@ -62,10 +62,9 @@ if TYPE_CHECKING:
     from fastphi import data, engine, noise, pretrained, reference, targets, train
     from fastphi.checkpoint import load, load_authors_checkpoint, save
     from fastphi.config import TrainingInfo, UNetConfig
-    from fastphi.data import PackedImages
+    from fastphi.data import PackedImages, pack
     from fastphi.engine import ops
     from fastphi.guidance import MatchResult, match_phi
-    from fastphi.packing import pack
     from fastphi.phi import PhiStore, extract
     from fastphi.pretrained import load_pretrained
     from fastphi.reconstruction import Reconstruction, reconstruct

@@ -48,7 +48,7 @@ def pack(
         workers: decoding processes; 0 decodes in this one.
         allow_upscale: enlarge images smaller than `size` instead of skipping them.
     """
-    from fastphi.packing import pack as run
+    from fastphi.data import pack as run
 
     packed = run(
         source,

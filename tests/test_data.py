@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from fastphi import data, shards
-from fastphi.data import MemoryImages, PackedImages, open_images
-from fastphi.packing import pack
+import fastphi
+from fastphi.data import MemoryImages, PackedImages, open_images, pack, shards
+from fastphi.data.images import FORMAT, VERSION
 from fastphi.support import files
 
 SIZE = 16
@@ -295,8 +295,8 @@ def test_workers_change_no_bit(tmp_path, monkeypatch):
 
 SCRIPT = """
 import sys
-from fastphi import files, shards
-from fastphi.packing import pack
+from fastphi.data import pack, shards
+from fastphi.support import files
 
 shards.SHARD = 8
 stop, seen = int(sys.argv[3]), 0
@@ -325,7 +325,7 @@ def run_script(tmp_path, *args):
     script = tmp_path / f"script{args[-1]}.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastphi.__file__).parents[1])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -368,7 +368,7 @@ def test_workers_die_with_their_parent(tmp_path, monkeypatch):
         "SHARD = 8", "SHARD = 2"
     )
     (tmp_path / "two.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastphi.__file__).parents[1])}
     command = [sys.executable, str(tmp_path / "two.py"), str(source), str(tmp_path / "out"), "0"]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     wait_for(lambda: list((tmp_path / "out").glob(".parts/0*.npz")), process)
@@ -450,7 +450,7 @@ def test_finished_pack_is_returned_at_once(folder, tmp_path, monkeypatch):
 
 
 def test_resume_with_other_settings_or_source(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastphi.packing._assemble", interrupt)
+    monkeypatch.setattr("fastphi.data.packing._assemble", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quiet_pack(folder, tmp_path / "out")
     monkeypatch.undo()
@@ -469,7 +469,7 @@ def interrupt(*_):
 
 
 def test_damaged_shard_is_named_and_made_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastphi.packing._assemble", interrupt)
+    monkeypatch.setattr("fastphi.data.packing._assemble", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quiet_pack(folder, tmp_path / "out")
     monkeypatch.undo()
@@ -565,11 +565,11 @@ def test_broken_packs_are_named(folder, tmp_path):
         (out / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             PackedImages(out)
-    header = {"format": data.FORMAT, "version": 99}
+    header = {"format": FORMAT, "version": 99}
     (out / "manifest.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match="version 99"):
         PackedImages(out)
-    (out / "manifest.json").write_text(json.dumps({**header, "version": data.VERSION}))
+    (out / "manifest.json").write_text(json.dumps({**header, "version": VERSION}))
     with pytest.raises(ValueError, match="incomplete"):
         PackedImages(out)
 

@@ -1,7 +1,7 @@
 """Noise and images on the GPU: on the CPU always, and on CUDA tensors where a GPU is.
 
 The noisy image's bits are compared with the definition of the noise and with the decoding of
-fastphi/data.py.
+fastphi/data/images.py.
 """
 
 from __future__ import annotations

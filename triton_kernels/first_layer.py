@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastphi.rounding import two_parts
+from fastphi.engine.rounding import two_parts
 
 from . import tiles
 from .box import idle, load_channels, store_outputs

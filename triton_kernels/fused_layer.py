@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastphi.rounding import rounded
+from fastphi.engine.rounding import rounded
 
 from . import pack_taps, tiles
 from .box import accumulate, finish, idle, load_channels, per_pixel, store_box

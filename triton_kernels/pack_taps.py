@@ -4,7 +4,7 @@ gradient transposed. Training does this for every layer and step; in torch it is
     packed[row, (source, tap, channel)] = rounded w[row, channel, tap]
 
 as `fused_layer.pack_weight` defines it, which is this in torch, and to the same bits: what rounding
-takes from a tap is carried on to the next (`fastphi.rounding`). Transposed: rows are the channels of
+takes from a tap is carried on to the next (`fastphi.engine.rounding`). Transposed: rows are the channels of
 the input, and the taps come from last to first (a rotation by 180°).
 
 Layouts: weight (Cout, Cin, 3, 3) of any strides; packed (rows, K), K = 9·Σ padded channels, dense.

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastphi.rounding import rounded
+from fastphi.engine.rounding import rounded
 
 from . import tiles
 from .box import accumulate, per_pixel

@@ -1,4 +1,4 @@
-// The weights of a network in bfloat16, as fastphi/cpu_bf16.py packs them: in network order, three
+// The weights of a network in bfloat16, as fastphi/engine/cpu/bf16.py packs them: in network order, three
 // tensors per convolution (packed weights; bias and gamma in float32, padded to whole panels).
 #pragma once
 

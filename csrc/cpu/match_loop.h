@@ -36,7 +36,7 @@ void adam_step(const Adam& adam, i64 t, i64 c, i64 pixels, const T* gradient, T*
     }
 }
 
-// What comes from Python, and is written: see match_steps in fastphi/cpu.py.
+// What comes from Python, and is written: see match_steps in fastphi/engine/cpu/runner.py.
 struct MatchTensors {
   const Tensor &x, &m, &v, &losses, &updates, &active, &target, &weight;
 

@@ -1,5 +1,5 @@
 // fastphi._graph: what of the GPU engine is no operator on tensors. Python gives addresses and the
-// stream (fastphi/gpu_match.py).
+// stream (fastphi/engine/gpu/match.py).
 #include <pybind11/pybind11.h>
 
 #include "while_graph.h"

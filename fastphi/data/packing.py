@@ -22,8 +22,8 @@ import numpy as np
 import PIL
 from PIL import features
 
-from fastphi import shards, sources
-from fastphi.data import FORMAT, VERSION, PackedImages
+from fastphi.data import shards, sources
+from fastphi.data.images import FORMAT, VERSION, PackedImages
 from fastphi.support import files, validate
 
 OUTPUTS = ("images.npy", "labels.npy", "items.jsonl", "skipped.jsonl")

@@ -42,7 +42,7 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str], split: str, key: str | None) -> Source:
-    """Look at a source without reading its pixels; see `fastphi.packing.pack` for its kinds."""
+    """Look at a source without reading its pixels; see `fastphi.data.pack` for its kinds."""
     path = Path(path).absolute()
     if path.is_dir():
         if key is not None:

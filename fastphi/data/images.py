@@ -1,6 +1,6 @@
 """Images: a packed uint8 array that is read at random, or a tensor in memory, behind one interface.
 
-A pack is a folder, made by `fastphi.packing.pack`: `images.npy` (uint8, (N, H, W, C), readable by
+A pack is a folder, made by `fastphi.data.pack`: `images.npy` (uint8, (N, H, W, C), readable by
 `np.load(..., mmap_mode="r")`), `labels.npy` (int64, -1 where unknown; absent where there are none),
 `manifest.json`, `items.jsonl` (name and label of every image) and `skipped.jsonl` (name and reason
 of every one left out).

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from fastphi.sources import Payload, Source
+from fastphi.data.sources import Payload, Source
 from fastphi.support import files
 
 SHARD = 1024  # source images per shard: about a second of decoding, which is what a kill can cost
