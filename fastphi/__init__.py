@@ -20,7 +20,7 @@ _PUBLIC = {
     "save": "checkpoint",
     "load": "checkpoint",
     "load_authors_checkpoint": "checkpoint",
-    "load_pretrained": "pretrained",
+    "load_pretrained": "checkpoint.pretrained",
     "pack": "data",
     "PackedImages": "data",
     "extract": "phi",
@@ -36,7 +36,7 @@ _MODULES = {
     "engine": "engine",
     "noise": "noise",
     "ops": "engine.ops",
-    "pretrained": "pretrained",
+    "pretrained": "checkpoint.pretrained",
     "reference": "reference",
     "targets": "targets",
     "train": "train",
@@ -59,14 +59,14 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from fastphi import data, engine, noise, pretrained, reference, targets, train
-    from fastphi.checkpoint import load, load_authors_checkpoint, save
+    from fastphi import data, engine, noise, reference, targets, train
+    from fastphi.checkpoint import load, load_authors_checkpoint, pretrained, save
+    from fastphi.checkpoint.pretrained import load_pretrained
     from fastphi.config import TrainingInfo, UNetConfig
     from fastphi.data import PackedImages, pack
     from fastphi.engine import ops
     from fastphi.guidance import MatchResult, match_phi
     from fastphi.phi import PhiStore, extract
-    from fastphi.pretrained import load_pretrained
     from fastphi.reconstruction import Reconstruction, reconstruct
     from fastphi.sampling import sample
     from fastphi.support import validate

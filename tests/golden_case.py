@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastphi import authors
+from fastphi.checkpoint import authors
 from fastphi.config import UNetConfig
 from fastphi.unet import UNet
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastphi
-from fastphi import checkpoint, noise, pretrained
+from fastphi import checkpoint, noise
+from fastphi.checkpoint import pretrained
 from fastphi.train import TrainConfig, Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def test_is_small_and_is_packaged(tmp_path):
     assert pretrained.path(NAME).stat().st_size <= 15_000_000
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    for name in (f"models/{NAME}.safetensors", f"models/{NAME}.md", "explorer.html"):
+    for name in (f"checkpoint/{NAME}.safetensors", f"checkpoint/{NAME}.md", "explorer.html"):
         built = (tmp_path / "fastphi" / name).read_bytes()
         assert built == (ROOT / "fastphi" / name).read_bytes()
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make a pretrained model of a training run: its weights and its card, in fastphi/models.
+"""Make a pretrained model of a training run: its weights and its card, in fastphi/checkpoint.
 
     python tools/ship_model.py RUN NAME --heldout PACK --terms TERMS.md --commit HASH
 
@@ -25,7 +25,7 @@ from fastphi.analysis.sparsity import Sparsity, sparsity
 from fastphi.analysis.stability import Stability, stability
 from fastphi.support import files
 
-MODELS = Path(fastphi.__file__).parent / "models"
+MODELS = Path(fastphi.__file__).parent / "checkpoint"
 LIMIT = 15_000_000  # bytes: the wheel must stay small
 SIGMA, SIGMAS = 0.2, (0.0, 0.1, 0.2, 0.5, 1.0)
 

@@ -2,7 +2,7 @@
 
     {"fastphi": '{"format": 1, "config": {...}, "training_info": {...}}'}
 
-The authors' own checkpoints (model.pt and exp_arguments.pkl) are read too, see `fastphi.authors`.
+The authors' own checkpoints (model.pt and exp_arguments.pkl) are read too, see `authors`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastphi import authors
+from fastphi.checkpoint import authors
 from fastphi.config import TrainingInfo, UNetConfig
 from fastphi.support import files, validate
 from fastphi.unet import UNet

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastphi import checkpoint
+from fastphi.checkpoint import native
 from fastphi.support import validate
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def load_pretrained(
     of those images, which apply to the weights apart from the licence of the code. device, dtype,
     backend: as in `fastphi.load`. Raises ValueError for an unknown name.
     """
-    return checkpoint.load(path(name), device=device, dtype=dtype, backend=backend)
+    return native.load(path(name), device=device, dtype=dtype, backend=backend)
 
 
 def path(name: str) -> Path:
@@ -58,4 +58,4 @@ def resolve(model: Any) -> Any:
 
 
 def _folder() -> Path:
-    return Path(str(resources.files("fastphi"))) / "models"
+    return Path(str(resources.files("fastphi.checkpoint")))
