@@ -26,7 +26,7 @@ from fastphi.data import MemoryImages
 from fastphi.support import files
 from fastphi.support.processes import prefetched
 from fastphi.train import TrainConfig, Trainer, psnr
-from fastphi.training_process import World
+from fastphi.train.process import World
 from fastphi.unet import UNet
 
 NETWORK = UNetConfig(channels=(4, 6), dec_layers=2, mid_layers=2)
@@ -94,7 +94,7 @@ def test_steps_are_those_of_the_paper(tmp_path, weight):
         torch.manual_seed(0)
         model = UNet(NETWORK)
     adam = torch.optim.Adam(model.parameters(), lr=3e-3)
-    indices = trainer.training[noise.permutation(0, 36, noise.stream("order"), 0)]
+    indices = trainer.split.training[noise.permutation(0, 36, noise.stream("order"), 0)]
     sigma = noise.uniform(0, indices, noise.stream("sigma"), 0)
     sigma = (math.sqrt(0.1) + sigma * (1 - math.sqrt(0.1))) ** 2
     z = noise.normal(0, indices, noise.stream("train"), 0, (3, 8, 8))
@@ -138,11 +138,11 @@ def test_it_learns_to_denoise(tmp_path):
 
 def test_an_epoch_is_every_image_once_and_no_partial_batch(tmp_path):
     trainer = Trainer(config(tmp_path), images(40))  # 36 to train on: 4 batches, 4 unused
-    assert trainer.steps_per_epoch == 4
+    assert trainer.state.steps_per_epoch == 4
     epochs = [np.concatenate([trainer._draw(4 * e + k).indices for k in range(4)]) for e in (0, 1)]
     for seen in epochs:
-        assert len(set(seen)) == 32 and set(seen) <= set(trainer.training)
-    assert not set(trainer.training) & set(trainer.held_indices)
+        assert len(set(seen)) == 32 and set(seen) <= set(trainer.split.training)
+    assert not set(trainer.split.training) & set(trainer.split.held)
     assert (epochs[0] != epochs[1]).any()
 
 
@@ -340,9 +340,11 @@ def test_nan_stops_before_the_parameters_change(tmp_path):
     message = r"the loss is NaN or Inf \(image 7 at σ = 0\.\d+\);"
     with pytest.raises(FloatingPointError, match=message) as e:
         trainer.run(progress=False)
-    assert f"step {trainer.step + 1}:" in str(e.value)
-    assert trainer.step < 5 and all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    assert not [n for n, s in trainer.optimizer.state.items() if s["step"] != trainer.step]
+    assert f"step {trainer.state.step + 1}:" in str(e.value)
+    assert trainer.state.step < 5 and all(
+        torch.isfinite(p).all() for p in trainer.model.parameters()
+    )
+    assert not [n for n, s in trainer.optimizer.state.items() if s["step"] != trainer.state.step]
 
 
 # --- runs that are cut short ---
@@ -378,7 +380,7 @@ def test_interrupted_and_resumed_gives_the_same_bits(tmp_path, monkeypatch, capl
         trainer.run(interrupting(len) if where == "callback" else None, progress=False)
     assert signal.getsignal(number) is handler
     done = 4 if where == "_gradient" else 5  # a step that changes parameters is finished
-    assert trainer.step == done and f"after step {done};" in caplog.text
+    assert trainer.state.step == done and f"after step {done};" in caplog.text
     assert sorted((tmp_path / "b" / "checkpoints").iterdir())[-1].name == f"step-000000{done}.pt"
     train(tmp_path / "b")
     assert bits(tmp_path / "a") == bits(tmp_path / "b")

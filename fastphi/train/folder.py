@@ -13,131 +13,118 @@ import logging
 import pickle
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastphi import checkpoint
 from fastphi.support import files
-from fastphi.training_config import FREE
-
-if TYPE_CHECKING:
-    from fastphi.train import Trainer
+from fastphi.train.config import FREE
+from fastphi.train.process import World
+from fastphi.train.record import RunState
 
 log = logging.getLogger("fastphi")
 FORMAT = 1
 
 
-def resume(trainer: Trainer) -> None:
+def resume(run: RunState, world: World) -> None:
     """Every process to the newest checkpoint; the first starts the run where there is none."""
-    state = trainer.world.first(lambda: _find(trainer))
+    state = world.first(lambda: _find(run))
     if state is not None:
-        trainer.model.load_state_dict(state["model"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.step, trainer.seconds = state["step"], state["seconds"]
-    _put_steps(trainer)
-    if trainer.world.rank == 0 and trainer.step >= trainer.steps and not _model(trainer).exists():
-        checkpoint.save(trainer.model, _model(trainer))
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.step, run.seconds = state["step"], state["seconds"]
+    _put_steps(run)
+    if world.rank == 0 and run.step >= run.steps and not _model(run).exists():
+        checkpoint.save(run.model, _model(run))
 
 
-def save(trainer: Trainer) -> None:
+def save(run: RunState) -> None:
     """Model, then checkpoint: where the last step's checkpoint is, the finished model is, too."""
-    _put_steps(trainer)
-    checkpoint.save(trainer.model, _model(trainer))
-    _save_checkpoint(trainer)
+    _put_steps(run)
+    checkpoint.save(run.model, _model(run))
+    _save_checkpoint(run)
 
 
-def _find(trainer: Trainer) -> dict[str, Any] | None:
+def _find(run: RunState) -> dict[str, Any] | None:
     """The state to go on from; a new run's folder is made this run's."""
-    out = trainer.config.out
-    checkpoints = Checkpoints(out, trainer.config.keep)
+    out = run.config.out
+    checkpoints = Checkpoints(out, run.config.keep)
     leftovers = [*out.glob(".*.tmp"), *checkpoints.folder.glob(".*.tmp")]
     for path in leftovers:  # by a run that was killed while it wrote; we hold the lock
         path.unlink(missing_ok=True)
     state = checkpoints.newest()
     if state is None:
-        if _model(trainer).exists():
+        if _model(run).exists():
             raise ValueError(
-                f"out: {_model(trainer)} is there, but no checkpoint to go on from; choose "
+                f"out: {_model(run)} is there, but no checkpoint to go on from; choose "
                 "another folder, or move it away"
             )
-        _write_config(trainer)
-        _save_checkpoint(trainer)
+        _write_config(run)
+        _save_checkpoint(run)
         return None
-    _check_identity(trainer, json.loads(state["identity"]))
-    _write_config(trainer)
-    here, there = _environment(trainer), json.loads(state["environment"])
+    _check_identity(run, json.loads(state["identity"]))
+    _write_config(run)
+    here, there = run.environment, json.loads(state["environment"])
     if other := [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]:
         log.warning("resuming elsewhere, not to the same bits: %s", ", ".join(other))
-    if state["step"] < trainer.steps:
-        log.info("%s: going on from step %d of %d", out, state["step"], trainer.steps)
+    if state["step"] < run.steps:
+        log.info("%s: going on from step %d of %d", out, state["step"], run.steps)
     else:
         log.info("%s: finished, %d steps", out, state["step"])
     return state
 
 
-def _check_identity(trainer: Trainer, theirs: dict[str, Any]) -> None:
-    mine = _identity(trainer)
+def _check_identity(run: RunState, theirs: dict[str, Any]) -> None:
+    mine = _identity(run)
     differ = [k for k in mine if mine[k] != theirs.get(k)]
     if differ:
         raise ValueError(
-            f"out: {trainer.config.out} holds a run of other settings: "
+            f"out: {run.config.out} holds a run of other settings: "
             + "; ".join(f"{k} was {theirs.get(k)}, is {mine[k]}" for k in differ)
             + "; choose another folder, or the same settings"
         )
 
 
-def _identity(trainer: Trainer) -> dict[str, Any]:
+def _identity(run: RunState) -> dict[str, Any]:
     """What a run must share with a checkpoint to go on from it."""
-    settings = {k: v for k, v in trainer.config.to_dict().items() if k not in FREE}
-    settings["holdout"] = len(trainer.held_indices)
-    held = trainer.heldout.sha256 if trainer.config.heldout else None
-    return settings | {"data": trainer.images.sha256, "heldout": held}
+    settings = {k: v for k, v in run.config.to_dict().items() if k not in FREE}
+    settings["holdout"] = len(run.split.held)
+    held = run.split.heldout.sha256 if run.config.heldout else None
+    return settings | {"data": run.split.images.sha256, "heldout": held}
 
 
-def _environment(trainer: Trainer) -> dict[str, Any]:
-    """What the bits depend on beside the settings."""
-    return {
-        "device": trainer.device.type,
-        "engine": trainer.engine,
-        "bf16": trainer.amp,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processes": trainer.world.size,
-    }
-
-
-def _write_config(trainer: Trainer) -> None:
+def _write_config(run: RunState) -> None:
     facts = {
-        "config": trainer.config.to_dict(),
-        "images": len(trainer.images),
-        "training_images": len(trainer.training),
-        "steps": trainer.steps,
-        "environment": _environment(trainer),
+        "config": run.config.to_dict(),
+        "images": len(run.split.images),
+        "training_images": len(run.split.training),
+        "steps": run.steps,
+        "environment": run.environment,
     }
-    files.write_json(trainer.config.out / "config.json", facts)
+    files.write_json(run.config.out / "config.json", facts)
 
 
-def _save_checkpoint(trainer: Trainer) -> None:
-    Checkpoints(trainer.config.out, trainer.config.keep).save(
+def _save_checkpoint(run: RunState) -> None:
+    Checkpoints(run.config.out, run.config.keep).save(
         {
-            "step": trainer.step,
-            "seconds": trainer.seconds,
-            "identity": json.dumps(_identity(trainer)),
-            "environment": json.dumps(_environment(trainer)),
-            "model": trainer.model.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
+            "step": run.step,
+            "seconds": run.seconds,
+            "identity": json.dumps(_identity(run)),
+            "environment": json.dumps(run.environment),
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
         }
     )
 
 
-def _put_steps(trainer: Trainer) -> None:
-    info = trainer.model.training_info
-    trainer.model.training_info = dataclasses.replace(info, steps=trainer.step)
+def _put_steps(run: RunState) -> None:
+    info = run.model.training_info
+    run.model.training_info = dataclasses.replace(info, steps=run.step)
 
 
-def _model(trainer: Trainer) -> Path:
-    return trainer.config.out / "model.safetensors"
+def _model(run: RunState) -> Path:
+    return run.config.out / "model.safetensors"
 
 
 class Checkpoints:

@@ -7,18 +7,17 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from fastphi import training_folder
 from fastphi.support import files
-
-if TYPE_CHECKING:
-    from fastphi.train import Trainer
+from fastphi.train import folder
+from fastphi.train.record import RunState
 
 log = logging.getLogger("fastphi")
 Callback = Callable[[dict[str, Any]], Any]
+Evaluate = Callable[[], dict[float, float]]
 
 
 class Log:
@@ -58,22 +57,25 @@ def _up_to(line: bytes, step: int) -> bool:
 class Writer:
     """What the first process does after a step: log, evaluate, save."""
 
-    def __init__(self, trainer: Trainer, callback: Callback | None, progress: bool) -> None:
-        self.trainer, self.callback = trainer, callback
-        self.log = Log(trainer.config.out / "log.jsonl", trainer.step)
+    def __init__(
+        self, run: RunState, evaluate: Evaluate, callback: Callback | None, progress: bool
+    ) -> None:
+        """evaluate: PSNR of the held-out images per noise level, {σ: dB}."""
+        self.run, self.evaluate, self.callback = run, evaluate, callback
+        self.log = Log(run.config.out / "log.jsonl", run.step)
         self.bar = tqdm(
-            total=trainer.steps,
-            initial=trainer.step,
+            total=run.steps,
+            initial=run.step,
             disable=None if progress else True,  # None: no bar where stderr is not a terminal
             unit="step",
         )
         self.board = None
-        if trainer.config.tensorboard:
+        if run.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = str(trainer.config.out / "tensorboard")
-            self.board = SummaryWriter(folder, purge_step=trainer.step + 1)
-        self.seen = (trainer.step, trainer.seconds)
+            where = str(run.config.out / "tensorboard")
+            self.board = SummaryWriter(where, purge_step=run.step + 1)
+        self.seen = (run.step, run.seconds)
         self.fresh: dict[str, Any] | None = None
 
     def begin(self) -> None:
@@ -82,7 +84,7 @@ class Writer:
             self._evaluate()
 
     def trained(self, loss: float) -> None:
-        t, c = self.trainer, self.trainer.config
+        t, c = self.run, self.run.config
         self.bar.update()
         self.fresh = None
         if t.step % c.log_every and t.step != t.steps:
@@ -100,7 +102,7 @@ class Writer:
         self.log.write(self.fresh)
 
     def after_step(self) -> None:
-        t, c = self.trainer, self.trainer.config
+        t, c = self.run, self.run.config
         if self.fresh:
             self._tell(self.fresh)
         if self._evaluation_due():
@@ -109,13 +111,12 @@ class Writer:
             self.checkpoint()
 
     def _evaluation_due(self) -> bool:
-        t = self.trainer
+        t = self.run
         due = t.step % t.config.evaluate_every == 0 or t.step == t.steps
-        return due and t.step > 0 and len(t.held_indices) > 0
+        return due and t.step > 0 and len(t.split.held) > 0
 
     def _evaluate(self) -> None:
-        t = self.trainer
-        found = t._evaluate()
+        t, found = self.run, self.evaluate()
         record = {"step": t.step, "psnr": {str(s): round(v, 4) for s, v in found.items()}}
         self.log.write(record)
         levels = ", ".join(f"{v:.2f} at {s:.3g}" for s, v in found.items())
@@ -133,7 +134,7 @@ class Writer:
 
     def checkpoint(self) -> None:
         self.log.sync()
-        training_folder.save(self.trainer)
+        folder.save(self.run)
 
     def close(self) -> None:
         self.bar.close()

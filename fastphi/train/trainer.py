@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastphi import data, engine, noise, training_folder
+from fastphi import data, engine, noise
 from fastphi.config import TrainingInfo
 from fastphi.support import files, processes, validate
-from fastphi.training_config import TrainConfig
-from fastphi.training_log import Callback, Writer
-from fastphi.training_process import Interrupts, World, deterministic
+from fastphi.train import folder
+from fastphi.train.config import TrainConfig
+from fastphi.train.log import Callback, Writer
+from fastphi.train.process import Interrupts, World, deterministic
+from fastphi.train.record import RunState, Split
 from fastphi.unet import UNet
 
 __all__ = ["TrainConfig", "Trainer", "psnr"]
@@ -100,10 +102,7 @@ class Trainer:
             raise ValueError("data: give either the path of a pack or images to the Trainer")
         self.config, self.world = config, World.here()
         self.images = data.open_images(config.data if images is None else images)
-        self.heldout: data.Images = self.images
-        self._split()
-        self.steps_per_epoch = len(self.training) // config.batch
-        self.steps = min(self.steps_per_epoch * config.epochs, config.max_steps or 1 << 62)
+        self.split = self._split()
         self.device = config.find_device(self.world.local_rank)
         self.amp = config.mixed_precision(self.device)
         with torch.random.fork_rng(devices=[]):
@@ -125,7 +124,9 @@ class Trainer:
         fused = self.device.type == "cuda"  # one kernel for all parameters
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, fused=fused)
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
-        self.step, self.seconds = 0, 0.0
+        each = len(self.split.training) // config.batch
+        steps = min(each * config.epochs, config.max_steps or 1 << 62)
+        self.state = RunState(config, self.split, self.model, self.optimizer, each, steps)
 
     def run(self, callback: Callback | None = None, progress: bool = True) -> UNet:
         """Train to the end, or go on from the newest checkpoint in `config.out`.
@@ -141,33 +142,36 @@ class Trainer:
                 stack.enter_context(files.locked(self.config.out, "out"))
             stack.enter_context(deterministic())
             stack.enter_context(torch.enable_grad())
-            training_folder.resume(self)
+            self.state.environment = self._environment()
+            folder.resume(self.state, self.world)
             self._train(stack.enter_context(Interrupts()), callback, progress)
         return self.model
 
     # --- the algorithm ---
 
     def _train(self, interrupts: Interrupts, callback: Callback | None, progress: bool) -> None:
-        """Steps from self.step on; on Ctrl-C or SIGTERM a checkpoint of the last completed one."""
+        """Steps from the state's on; on Ctrl-C or SIGTERM a checkpoint of the last completed one."""
         denoiser: nn.Module = self.model
         if self.config.compile:
             denoiser = torch.compile(denoiser)  # type: ignore[assignment]
         if self.world.size > 1:
             denoiser = DistributedDataParallel(denoiser)
-        writer = Writer(self, callback, progress) if self.world.rank == 0 else None
-        batches = processes.prefetched(self._draw, range(self.step, self.steps))
+        run, writer = self.state, None
+        if self.world.rank == 0:
+            writer = Writer(run, self._evaluate, callback, progress)
+        batches = processes.prefetched(self._draw, range(run.step, run.steps))
         try:
             with contextlib.closing(batches):
                 if writer:
                     writer.begin()
-                began = time.perf_counter() - self.seconds
+                began = time.perf_counter() - run.seconds
                 for batch in batches:
                     loss = self._gradient(denoiser, batch)
                     with interrupts.hold():  # parameters, step and log go together
                         self._set_lr()
                         self.optimizer.step()
-                        self.step += 1
-                        self.seconds = time.perf_counter() - began
+                        run.step += 1
+                        run.seconds = time.perf_counter() - began
                         if writer:
                             writer.trained(loss)
                     if writer:
@@ -176,7 +180,7 @@ class Trainer:
             if writer:
                 with interrupts.hold():
                     writer.checkpoint()
-                log.warning("stopped after step %d; the same command goes on from there", self.step)
+                log.warning("stopped after step %d; the same command goes on from there", run.step)
             raise
         finally:
             if writer:
@@ -184,10 +188,10 @@ class Trainer:
 
     def _draw(self, step: int) -> Batch:
         """This process's images of a step, their noise levels and their noise."""
-        c, epoch = self.config, step // self.steps_per_epoch
-        share = c.batch // self.world.size
-        at = step % self.steps_per_epoch * c.batch + self.world.rank * share
-        indices = self.training[self._order(epoch)[at : at + share]]
+        c, each = self.config, self.state.steps_per_epoch
+        epoch, share = step // each, c.batch // self.world.size
+        at = step % each * c.batch + self.world.rank * share
+        indices = self.split.training[self._order(epoch)[at : at + share]]
         sigma = c.sigmas(noise.uniform(c.seed, indices, noise.stream("sigma"), epoch))
         z = noise.normal(c.seed, indices, noise.stream("train"), epoch, self.images.shape)
         return Batch(
@@ -217,14 +221,16 @@ class Trainer:
         return self._checked(torch.cat(losses), batch)
 
     def _set_lr(self) -> None:
-        c = self.config
+        c, epoch = self.config, self.state.step // self.state.steps_per_epoch
         for group in self.optimizer.param_groups:
-            group["lr"] = c.lr * 0.5 ** (self.step // self.steps_per_epoch // c.lr_halve_every)
+            group["lr"] = c.lr * 0.5 ** (epoch // c.lr_halve_every)
 
     # --- around it ---
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return noise.permutation(self.config.seed, len(self.training), noise.stream("order"), epoch)
+        return noise.permutation(
+            self.config.seed, len(self.split.training), noise.stream("order"), epoch
+        )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -252,42 +258,55 @@ class Trainer:
     def _not_finite(self, where: list[tuple[int, float]]) -> str:
         named = [f"image {i} at σ = {s:.4g}" for i, s in where[:16]]
         return (
-            f"step {self.step + 1}: the {'loss' if named else 'gradient'} is NaN or Inf"
+            f"step {self.state.step + 1}: the {'loss' if named else 'gradient'} is NaN or Inf"
             + (f" ({', '.join(named)}{', ...' if len(where) > 16 else ''})" if named else "")
-            + f"; the parameters are as after step {self.step}, and the checkpoints intact"
+            + f"; the parameters are as after step {self.state.step}, and the checkpoints intact"
         )
 
-    def _split(self) -> None:
+    def _split(self) -> Split:
         """Which images train, which are held out; checks that they suit the model and the batch."""
         c, n = self.config, len(self.images)
         holdout = c.holdout
         if holdout is None:
             holdout = 0 if c.heldout is not None else min(1000, n // 20)
         validate.integer(holdout, "holdout", low=0, high=n - 1)
-        self.training, self.held_indices = self.images.split(holdout, c.seed)
+        training, held = self.images.split(holdout, c.seed)
+        heldout = self.images
         if c.heldout is not None:
-            self.heldout = data.open_images(c.heldout)
-            self.held_indices = np.arange(len(self.heldout))
-        for name, images in (("data", self.images), ("heldout", self.heldout)):
+            heldout = data.open_images(c.heldout)
+            held = np.arange(len(heldout))
+        for name, images in (("data", self.images), ("heldout", heldout)):
             validate.images(torch.empty(1, *images.shape), c.model, name)
-        if len(self.training) < c.batch:
+        if len(training) < c.batch:
             raise ValueError(
-                f"batch: {c.batch} images, but only {len(self.training)} to train on "
+                f"batch: {c.batch} images, but only {len(training)} to train on "
                 f"({n}, of which {holdout} are held out)"
             )
         if c.batch % self.world.size:
             raise ValueError(
                 f"batch: {c.batch} images cannot be divided among {self.world.size} processes"
             )
+        return Split(self.images, training, heldout, held)
+
+    def _environment(self) -> dict[str, Any]:
+        """What the bits depend on beside the settings."""
+        return {
+            "device": self.device.type,
+            "engine": self.engine,
+            "bf16": self.amp,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "processes": self.world.size,
+        }
 
     def _evaluate(self) -> dict[float, float]:
         """PSNR of the held-out images, in float32 whatever the training's precision."""
         batch = min(64, self.config.micro_batch or 64)
         return psnr(
             self.model,
-            self.heldout,
+            self.split.heldout,
             self.config.evaluation_sigmas(),
-            indices=self.held_indices,
+            indices=self.split.held,
             seed=self.config.seed,
             batch=batch,
         )

@@ -1,0 +1,39 @@
+"""A training run between two steps: all that its folder and its log know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastphi.data import Images
+from fastphi.train.config import TrainConfig
+from fastphi.unet import UNet
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images train, and which are held out for PSNR: their numbers in `images`, in `heldout`."""
+
+    images: Images
+    training: np.ndarray
+    heldout: Images
+    held: np.ndarray
+
+
+@dataclass
+class RunState:
+    """config, and what training changes. steps: after which the run ends; step: completed so far;
+    seconds: spent on them; environment: what the bits depend on beside the settings."""
+
+    config: TrainConfig
+    split: Split
+    model: UNet
+    optimizer: torch.optim.Optimizer
+    steps_per_epoch: int
+    steps: int
+    step: int = 0
+    seconds: float = 0.0
+    environment: dict[str, Any] = field(default_factory=dict)
