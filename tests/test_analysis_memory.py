@@ -12,7 +12,7 @@ import pytest
 
 import fastphi
 from fastphi.analysis.kmeans import mini_batch_kmeans
-from fastphi.phi_store import FORMAT, VERSION, Writer
+from fastphi.phi.store import FORMAT, VERSION, Writer
 
 N, WIDTH, GROUPS = 300_000, 64, 6  # 77 MB of float32
 _SCRIPT = """

@@ -18,6 +18,7 @@ import fastphi
 from fastphi import reference
 from fastphi.config import UNetConfig
 from fastphi.engine.gpu import runner as gpu
+from fastphi.phi.store import Writer
 from fastphi.unet import UNet
 
 pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
@@ -263,7 +264,7 @@ def test_extraction_is_the_cpus(packed):
 def test_extraction_goes_on_where_it_stopped_to_the_same_bits(packed, tmp_path, monkeypatch):
     model, options = network(), dict(sigmas=[0.0, 0.3], draws=20, dtype=torch.bfloat16)
     whole = fastphi.extract(model, packed, batch=64, **options)
-    write, calls = fastphi.phi.Writer.write, []
+    write, calls = Writer.write, []
 
     def stops(self, *arguments):
         calls.append(arguments)
@@ -271,7 +272,7 @@ def test_extraction_goes_on_where_it_stopped_to_the_same_bits(packed, tmp_path, 
             raise KeyboardInterrupt
         write(self, *arguments)
 
-    monkeypatch.setattr(fastphi.phi.Writer, "write", stops)
+    monkeypatch.setattr(Writer, "write", stops)
     with pytest.raises(KeyboardInterrupt):
         fastphi.extract(model, packed, tmp_path / "phi", batch=40, **options)
     monkeypatch.undo()

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import fastphi
-from fastphi import checkpoint, noise, phi_chunk, reference
+from fastphi import checkpoint, noise, reference
 from fastphi.data import MemoryImages
 from fastphi.phi import AUTHORS_SIGMAS, PhiStore, extract
-from fastphi.phi_store import done_file, phi_file
+from fastphi.phi import chunk as phi_chunk
+from fastphi.phi.store import done_file, phi_file
 from fastphi.support import files
 
 N = 7

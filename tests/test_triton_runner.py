@@ -16,11 +16,13 @@ import torch
 from triton_case import DEVICE, INTERPRETED, need_kernels
 
 import fastphi
-from fastphi import engine, noise, phi, phi_chunk, reference
+from fastphi import engine, noise, reference
 from fastphi.config import UNetConfig
 from fastphi.engine import ops, seam
 from fastphi.engine.gpu import library as gpu_library
 from fastphi.engine.gpu import runner as gpu
+from fastphi.phi import chunk as phi_chunk
+from fastphi.phi import extraction
 from fastphi.unet import UNet
 
 need_kernels()
@@ -332,7 +334,7 @@ def test_extraction_decodes_and_draws_on_the_device(tmp_path):
     np.save(tmp_path / "images.npy", pixels)
     packed = fastphi.pack(tmp_path / "images.npy", tmp_path / "pack", size=8)
     model, options = network("small"), dict(sigmas=[0.0, 0.4], draws=3, blocks=["enc2", "mid"])
-    job = phi._job(model, packed, None, options["blocks"], 3, 0, None)
+    job = extraction._job(model, packed, None, options["blocks"], 3, 0, None)
     assert job.on_device and phi_chunk.read(job, np.array([0, 2]))[0].dtype == torch.uint8
     store = fastphi.extract(model, packed, **options)
     plain = UNet(model.config, backend="reference")

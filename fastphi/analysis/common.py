@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastphi.phi_store import PhiStore
+from fastphi.phi import PhiStore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,21 +13,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import fastphi
-from fastphi import checkpoint, data, engine
-from fastphi.phi_chunk import MAX_DRAWS, Job, Means, average, checked, means_of, plain, read
-from fastphi.phi_store import FORMAT, VERSION, PhiStore, Writer, done_file, phi_file, row_numbers
+from fastphi import __version__, checkpoint, data, engine
+from fastphi.phi.chunk import MAX_DRAWS, Job, Means, average, checked, means_of, plain, read
+from fastphi.phi.store import FORMAT, VERSION, PhiStore, Writer, done_file, phi_file, row_numbers
 from fastphi.support import files, processes, validate
 from fastphi.unet import UNet
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["AUTHORS_SIGMAS", "PhiStore", "extract"]
 
@@ -253,7 +249,7 @@ def _manifest(job: Job, levels: tuple[float, ...], indices: np.ndarray | None) -
     return {
         "format": FORMAT,
         "version": VERSION,
-        "fastphi": fastphi.__version__,
+        "fastphi": __version__,
         "model": checkpoint.fingerprint(job.model),
         "engine": _serving(job.model, job.dtype),
         "dtype": str(job.dtype).removeprefix("torch."),
