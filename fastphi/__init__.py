@@ -25,10 +25,10 @@ _PUBLIC = {
     "PackedImages": "data",
     "extract": "phi",
     "PhiStore": "phi",
-    "match_phi": "guidance",
-    "MatchResult": "guidance",
-    "reconstruct": "reconstruction",
-    "Reconstruction": "reconstruction",
+    "match_phi": "sampling",
+    "MatchResult": "sampling",
+    "reconstruct": "sampling",
+    "Reconstruction": "sampling",
     "sample": "sampling",
 }
 _MODULES = {
@@ -65,9 +65,7 @@ if TYPE_CHECKING:
     from fastphi.config import TrainingInfo, UNetConfig
     from fastphi.data import PackedImages, pack
     from fastphi.engine import ops
-    from fastphi.guidance import MatchResult, match_phi
     from fastphi.phi import PhiStore, extract
-    from fastphi.reconstruction import Reconstruction, reconstruct
-    from fastphi.sampling import sample
+    from fastphi.sampling import MatchResult, Reconstruction, match_phi, reconstruct, sample
     from fastphi.support import validate
     from fastphi.unet import UNet

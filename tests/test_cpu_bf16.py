@@ -23,7 +23,7 @@ from fastphi import engine, reference
 from fastphi.config import UNetConfig
 from fastphi.engine import ops
 from fastphi.engine.cpu import bf16 as cpu_bf16
-from fastphi.guidance import match_phi
+from fastphi.sampling import match_phi
 from fastphi.unet import UNet
 
 BUILD = json.loads(torch.ops.fastphi.build_info()) if ops.missing() is None else {"bf16": False}

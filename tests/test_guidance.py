@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 
-from fastphi import engine, guidance, reference
+from fastphi import engine, reference
 from fastphi.config import UNetConfig
-from fastphi.guidance import match_phi
+from fastphi.sampling import guidance, match_phi
 from fastphi.unet import UNet
 
 CONFIG = UNetConfig(channels=(4, 6, 8), dec_layers=2)

@@ -16,9 +16,8 @@ import torch
 
 from fastphi import noise, reference, targets
 from fastphi.config import TrainingInfo, UNetConfig
-from fastphi.reconstruction import Reconstruction, reconstruct
-from fastphi.sampling import sample
-from fastphi.sampling_record import Record
+from fastphi.sampling import Reconstruction, reconstruct, sample
+from fastphi.sampling.record import Record
 from fastphi.unet import UNet
 
 CONFIG = UNetConfig(channels=(4, 8), dec_layers=2)

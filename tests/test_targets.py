@@ -91,7 +91,7 @@ def test_noise_of_two_levels_is_independent() -> None:
 def test_copies_stand_together_and_share_their_target(monkeypatch: pytest.MonkeyPatch) -> None:
     made = targets.from_images(MODEL, IMAGES, draws=2, copies=3)
     assert len(made) == 12
-    from fastphi import target_images
+    from fastphi.targets import images as target_images
 
     seen = []
     plain = target_images.mean_phi

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastphi import data, guidance
+from fastphi import data
 from fastphi.analysis.common import Result, new_axes
+from fastphi.sampling import guidance
 from fastphi.support import validate
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def conditional_divergence(
     [0, 1]; paths: per image. controls: name → another network, whose ‖φ₁ − φ₂‖² is one; the pixels'
     always is.
     """
-    from fastphi.reconstruction import reconstruct
+    from fastphi.sampling import reconstruct
     from fastphi.targets import from_images
 
     opened = data.open_images(images)

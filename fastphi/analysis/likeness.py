@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastphi.analysis.common import Result, exceeds, new_axes
 from fastphi.analysis.stability import cosine
-from fastphi.target_images import mean_phi
+from fastphi.targets.images import mean_phi
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastphi import guidance, noise
+from fastphi import noise
 from fastphi.analysis.common import Result, new_axes
+from fastphi.sampling import guidance
 from fastphi.support import validate
 
 if TYPE_CHECKING:

@@ -5,6 +5,6 @@ seam: what an engine supplies, which there are, which one serves a call. ops: th
 op_rules: what torch is told about them. cpu, gpu: an engine each. The plain one is `fastphi.reference`.
 """
 
-from fastphi.engine.seam import BACKENDS, ENGINES, Engine, Ops, Runner, pick, runner
+from fastphi.engine.seam import BACKENDS, ENGINES, Engine, Ops, Runner, pick, plain_mode, runner
 
-__all__ = ["BACKENDS", "ENGINES", "Engine", "Ops", "Runner", "pick", "runner"]
+__all__ = ["BACKENDS", "ENGINES", "Engine", "Ops", "Runner", "pick", "plain_mode", "runner"]

@@ -10,10 +10,11 @@ Everything above this file is the same for all engines.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -131,6 +132,22 @@ def runner(model: Network, x: Tensor) -> Runner:
         proxy: Any = weakref.proxy(model)  # the runner must not keep its model alive
         prepared[engine.name] = engine.runner(proxy)
     return prepared[engine.name]
+
+
+@contextlib.contextmanager
+def plain_mode(device: torch.device, low: bool = False) -> Iterator[None]:
+    """Numbers that do not depend on the caller's context: no autograd beyond what a match asks for
+    (in a caller's inference mode it could not be had), and the model's own dtype, no autocast, unless
+    `low` asks for bfloat16. But for a GPU, where autocast is how a float32 model is asked for the tensor
+    cores: images stay float32."""
+    kind = torch.bfloat16 if low else None
+    low = low or (device.type == "cuda" and torch.is_autocast_enabled("cuda"))
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, kind, enabled=low),
+    ):
+        yield
 
 
 def pick(model: Network, x: Tensor, gradient: bool = False) -> Engine:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import engine, guidance, noise
+from fastphi import engine, noise
 from fastphi.support import validate
-from fastphi.target_kinds import Targets, digest_of, sample_ids
+from fastphi.targets.kinds import Targets, digest_of, sample_ids
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet
@@ -71,7 +71,7 @@ def mean_phi(
     # independent noise, and the noise of one does not depend on which others are asked for.
     bits = np.abs(sigma).astype(np.float32).view(np.uint32).astype(np.int64)
     parameter = next(model.parameters())
-    with guidance.plain_mode(parameter.device):
+    with engine.plain_mode(parameter.device):
         x = x.detach().to(parameter).clone()
         s = torch.from_numpy(sigma).to(x)[:, None, None, None]
         shape = (x.shape[1], x.shape[2], x.shape[3])

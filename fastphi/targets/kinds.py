@@ -5,17 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import guidance
 from fastphi.support import validate
-
-if TYPE_CHECKING:
-    pass
 
 
 class Targets:
@@ -46,7 +42,7 @@ class Targets:
         """
         rows = row_numbers(rows, len(self))
         phi = self._phi(_levels(sigma, len(rows)), rows)
-        return guidance.restrict(phi, self.channels) if self.zero_elsewhere else phi
+        return restrict(phi, self.channels) if self.zero_elsewhere else phi
 
     def state(self) -> dict[str, Any]:
         """Plain values that identify the targets: what an interrupted reconstruction compares."""
@@ -58,7 +54,7 @@ class Targets:
         chosen = copy.copy(self)
         chosen.channels = validate.channel_subset(channels, self.width)
         chosen.zero_elsewhere = zero_elsewhere
-        guidance.check_subset(chosen.channels, zero_elsewhere)
+        check_subset(chosen.channels, zero_elsewhere)
         return chosen
 
     def select(self, rows: Any) -> Targets:
@@ -251,6 +247,23 @@ def check_range(sigma: np.ndarray, known: tuple[float, float]) -> None:
             f"{sigma[outside][0]:g} is asked for; extract more levels, or take the nearest one on "
             "purpose with clip=True"
         )
+
+
+def check_subset(channels: tuple[int, ...] | None, zero_elsewhere: bool) -> None:
+    """zero_elsewhere says what lies outside of a subset, so there must be one."""
+    if zero_elsewhere and channels is None:
+        raise ValueError(
+            "zero_elsewhere: expected `channels` with it, the ones that are not zeroed"
+        )
+
+
+def restrict(phi: Tensor, channels: tuple[int, ...] | None) -> Tensor:
+    """φ (N, C) with zeros outside of `channels`."""
+    if channels is None:
+        return phi
+    kept = torch.zeros_like(phi)
+    kept[:, list(channels)] = phi[:, list(channels)]
+    return kept
 
 
 def combine(phi: Tensor, how: str) -> Tensor:

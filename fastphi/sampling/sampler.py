@@ -10,21 +10,29 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi import engine, guidance, noise
+from fastphi import engine, noise
 from fastphi.engine import ops
-from fastphi.guidance import MatchResult
-from fastphi.result import Reconstruction
-from fastphi.sampling_plan import Plan, make_plan
-from fastphi.sampling_record import Record, State, check_run_options, earlier_run, progress_bar
+from fastphi.sampling import guidance
+from fastphi.sampling.guidance import MatchResult
+from fastphi.sampling.plan import Plan, make_plan
+from fastphi.sampling.record import (
+    Record,
+    State,
+    StepInfo,
+    check_run_options,
+    earlier_run,
+    progress_bar,
+    run_settings,
+)
+from fastphi.sampling.result import Reconstruction
 from fastphi.support import validate
-from fastphi.target_kinds import Targets
+from fastphi.targets import Targets
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet
@@ -88,30 +96,6 @@ def sample(
         save_every=save_every,
         resume=resume,
     )
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """One step of the loop, of the n images that took part; for looking at, not for writing to.
-
-    step: counted from 1. rows: (n,) their rows in the result. samples: (n,) their ids.
-    sigma: (n,) the noise level of the step. noisy, matched, x: (n, C, H, W), the images before and
-    after matching and after the step. match: losses, updates, converged (see `MatchResult`).
-    sigma_hat: (n,) ‖x − denoised(x)‖/√(CHW) of `matched` (adaptive), or σ (schedule).
-    """
-
-    step: int
-    rows: np.ndarray
-    samples: np.ndarray
-    sigma: np.ndarray
-    noisy: Tensor
-    match: MatchResult
-    x: Tensor
-    sigma_hat: np.ndarray
-
-    @property
-    def matched(self) -> Tensor:
-        return self.match.x
 
 
 class Sampler:
@@ -238,14 +222,15 @@ def run(
 ) -> Reconstruction:
     """Take the steps and keep their record; store the state, and go on from a stored one."""
     check_run_options(callback, save, save_every)
-    with guidance.plain_mode(sampler.device):
-        record = Record(sampler, save)
-        earlier = earlier_run(save, record.settings) if resume else None
+    with engine.plain_mode(sampler.device):
+        settings = run_settings(sampler.model, sampler.targets, sampler.plan)
+        record = Record(sampler.plan, sampler.device, settings, save)
+        earlier = earlier_run(save, settings) if resume else None
         state = sampler.start() if earlier is None else record.restore(earlier)
         if earlier is not None and earlier.finished:
             return record.result(state, finished=True)
         record.store(state)  # a path that cannot be written is found now, not after the first steps
-        with progress_bar(sampler, state.step, progress) as show:
+        with progress_bar(sampler.plan, state.step, progress) as show:
             try:
                 while not sampler.done(state):
                     after, info = sampler.step(state)

@@ -1,11 +1,4 @@
-"""Targets: objects that yield φ*(σ), what a reconstruction is to match at noise level σ.
-
-target = targets.from_images(model, images, copies=8)     # φ of each image at the same σ
-target = targets.from_images(model, images, sigma=0.5)    # at one fixed σ
-target = targets.fixed(phi)                               # given
-target = targets.from_store(store, [3, 14])               # from a φ store
-target = targets.mix(a, b, 0.5).with_channels([1, 5, 9])
-"""
+"""The functions that make targets, checked before any work."""
 
 from __future__ import annotations
 
@@ -18,15 +11,8 @@ import torch
 from torch import Tensor
 
 from fastphi.support import validate
-from fastphi.target_images import Images
-from fastphi.target_kinds import (
-    Mix,
-    Table,
-    Targets,
-    check_range,
-    combine,
-    row_numbers,
-)
+from fastphi.targets.images import Images
+from fastphi.targets.kinds import Mix, Table, Targets, check_range, combine, row_numbers
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet

@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fastphi.result import Reconstruction
-from fastphi.sampling import Sampler, StepInfo, run
-from fastphi.sampling_plan import make_plan
-from fastphi.target_kinds import Targets
+from fastphi.sampling.plan import make_plan
+from fastphi.sampling.record import StepInfo
+from fastphi.sampling.result import Reconstruction
+from fastphi.sampling.sampler import Sampler, run
+from fastphi.targets import Targets
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastphi import guidance, reference
+from fastphi import reference
+from fastphi.sampling import guidance
 from fastphi.support import validate
-from fastphi.target_kinds import Targets, sample_ids
+from fastphi.targets.kinds import Targets, sample_ids
 
 if TYPE_CHECKING:
     from fastphi.config import TrainingInfo

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from fastphi import engine
 from fastphi.support import validate
+from fastphi.targets.kinds import check_subset, restrict
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet
@@ -112,7 +111,7 @@ def match(
     low: bool = False,
 ) -> MatchResult:
     """`match_phi` on arguments that were checked before; target: (N, channels[-1]). low: in bfloat16."""
-    with plain_mode(x.device, low):
+    with engine.plain_mode(x.device, low):
         x = x.detach().clone(memory_format=torch.contiguous_format)
         target = restrict(target.detach().clone(), channels).to(x).contiguous()
         weight = loss_weight(channels, zero_elsewhere, target)
@@ -141,35 +140,11 @@ def _tell_if_idle(x: Tensor, result: MatchResult, lr: float) -> None:
         )
 
 
-@contextlib.contextmanager
-def plain_mode(device: torch.device, low: bool = False) -> Iterator[None]:
-    """Numbers that do not depend on the caller's context: no autograd beyond what a match asks for
-    (in a caller's inference mode it could not be had), and the model's own dtype, no autocast, unless
-    `low` asks for bfloat16. But for a GPU, where autocast is how a float32 model is asked for the tensor
-    cores: images stay float32."""
-    kind = torch.bfloat16 if low else None
-    low = low or (device.type == "cuda" and torch.is_autocast_enabled("cuda"))
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device.type, kind, enabled=low),
-    ):
-        yield
-
-
 def check_options(lr: float, max_iter: int, tolerance: float) -> None:
     """ValueError or TypeError where an option of Algorithm 2 cannot be."""
     validate.number(lr, "lr", low=0, open_low=True)
     validate.integer(max_iter, "max_iter", low=0)
     validate.number(tolerance, "tolerance", low=0, high=1)
-
-
-def check_subset(channels: tuple[int, ...] | None, zero_elsewhere: bool) -> None:
-    """zero_elsewhere says what lies outside of a subset, so there must be one."""
-    if zero_elsewhere and channels is None:
-        raise ValueError(
-            "zero_elsewhere: expected `channels` with it, the ones that are not zeroed"
-        )
 
 
 def loss_weight(channels: tuple[int, ...] | None, zero_elsewhere: bool, like: Tensor) -> Tensor:
@@ -181,15 +156,6 @@ def loss_weight(channels: tuple[int, ...] | None, zero_elsewhere: bool, like: Te
     weight = like.new_zeros(count)
     weight[list(channels)] = 1 / len(channels)
     return weight
-
-
-def restrict(phi: Tensor, channels: tuple[int, ...] | None) -> Tensor:
-    """φ (N, C) with zeros outside of `channels`."""
-    if channels is None:
-        return phi
-    kept = torch.zeros_like(phi)
-    kept[:, list(channels)] = phi[:, list(channels)]
-    return kept
 
 
 def _target(target: Any, n: int, count: int, channels: tuple[int, ...] | None) -> Tensor:

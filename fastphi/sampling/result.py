@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastphi.support import files, validate
-from fastphi.target_images import mean_phi
-from fastphi.target_kinds import Targets
+from fastphi.targets import Targets
+from fastphi.targets.images import mean_phi
 
 if TYPE_CHECKING:
     from fastphi.unet import UNet

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from fastphi import engine
 from fastphi.engine import ops
-from fastphi.result import TABLES, Reconstruction
+from fastphi.sampling.guidance import MatchResult
+from fastphi.sampling.plan import Plan
+from fastphi.sampling.result import TABLES, Reconstruction
 from fastphi.support import validate
+from fastphi.targets.kinds import Targets
 
 if TYPE_CHECKING:
-    from fastphi.sampling import Sampler, StepInfo
+    from fastphi.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,42 @@ class State:
     sigma: np.ndarray
 
 
+@dataclass(frozen=True)
+class StepInfo:
+    """One step of the loop, of the n images that took part; for looking at, not for writing to.
+
+    step: counted from 1. rows: (n,) their rows in the result. samples: (n,) their ids.
+    sigma: (n,) the noise level of the step. noisy, matched, x: (n, C, H, W), the images before and
+    after matching and after the step. match: losses, updates, converged (see `MatchResult`).
+    sigma_hat: (n,) ‖x − denoised(x)‖/√(CHW) of `matched` (adaptive), or σ (schedule).
+    """
+
+    step: int
+    rows: np.ndarray
+    samples: np.ndarray
+    sigma: np.ndarray
+    noisy: Tensor
+    match: MatchResult
+    x: Tensor
+    sigma_hat: np.ndarray
+
+    @property
+    def matched(self) -> Tensor:
+        return self.match.x
+
+
 class Record:
     """Rows of the tables, one per step, and every k-th x; may be a row ahead of the state."""
 
-    def __init__(self, sampler: Sampler, path: str | os.PathLike[str] | None) -> None:
-        self.path = path
-        self.samples, self.device = torch.from_numpy(sampler.samples), sampler.device
-        self.every = sampler.plan.store_progress
-        self.settings = run_settings(sampler)
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        settings: dict[str, Any],
+        path: str | os.PathLike[str] | None,
+    ) -> None:
+        self.path, self.device, self.settings = path, device, settings
+        self.samples, self.every = torch.tensor(plan.samples), plan.store_progress
         self.rows: dict[str, list[Tensor]] = {name: [] for name in TABLES}
         self.kept: list[Tensor] = []
         self._stored_step = -1
@@ -100,16 +131,16 @@ class Record:
         return State(len(earlier.sigma), earlier.images.to(self.device), earlier.sigma_hat.numpy())
 
 
-def run_settings(sampler: Sampler) -> dict[str, Any]:
+def run_settings(model: UNet, targets: Targets | None, plan: Plan) -> dict[str, Any]:
     """All that decides the bits of a result."""
     from fastphi.checkpoint import fingerprint  # needs safetensors, which `import fastphi` does not
 
-    model, targets, plan = sampler.model, sampler.targets, sampler.plan
-    like = torch.empty(1, *plan.shape, dtype=sampler.dtype, device=sampler.device)
+    parameter = next(model.parameters())
+    like = parameter.new_empty(1, *plan.shape)
     return {
         "model": fingerprint(model),
         "engine": engine.pick(model, like).name,
-        "device": sampler.device.type,
+        "device": parameter.device.type,
         "dtype": str(ops.compute_dtype(like)).removeprefix("torch."),
         "targets": None if targets is None else targets.state(),
         **plan.settings(matching=targets is not None),
@@ -152,14 +183,14 @@ def _stack(rows: list[Tensor], name: str, samples: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def progress_bar(sampler: Sampler, done: int, shown: bool) -> Iterator[Callable[[StepInfo], None]]:
+def progress_bar(plan: Plan, done: int, shown: bool) -> Iterator[Callable[[StepInfo], None]]:
     """A bar of steps (schedule), or a count of them (adaptive, which ends when the images do)."""
     if not shown:
         yield lambda info: None
         return
     from tqdm.auto import tqdm
 
-    total = sampler.plan.steps if sampler.plan.form == "schedule" else None
+    total = plan.steps if plan.form == "schedule" else None
     with tqdm(total=total, initial=done, unit="step") as bar:
 
         def show(info: StepInfo) -> None:
