@@ -136,8 +136,7 @@ def analyze_command(
     options: dict[str, Any],
 ) -> None:
     """Run every stage, write the report and the explorer."""
-    from fastphi import explorer, study_report
-    from fastphi.study import QUICK, Settings, Study
+    from fastphi.study import QUICK, Settings, Study, explorer, report
 
     loaded = fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend)
     given = {name: value for name, value in options.items() if value is not None}
@@ -145,7 +144,7 @@ def analyze_command(
     with files.locked(out, "analyze"):
         study = Study(loaded, images, out, settings, training=training, progress=True)
         results = study.run(stages)
-        page = study_report.write(study, results)
+        page = report.write(study, results)
         print(f"{page}: {len(results)} analyses")
         if "map" in results:
             picked = explorer.write(study, out / "explorer.html")

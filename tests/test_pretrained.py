@@ -40,7 +40,7 @@ def test_is_small_and_is_packaged(tmp_path):
     assert pretrained.path(NAME).stat().st_size <= 15_000_000
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    for name in (f"checkpoint/{NAME}.safetensors", f"checkpoint/{NAME}.md", "explorer.html"):
+    for name in (f"checkpoint/{NAME}.safetensors", f"checkpoint/{NAME}.md", "study/explorer.html"):
         built = (tmp_path / "fastphi" / name).read_bytes()
         assert built == (ROOT / "fastphi" / name).read_bytes()
 

@@ -12,10 +12,9 @@ import torch
 
 import fastphi
 from fastphi import study
-from fastphi.analysis import claims, record
 from fastphi.analysis.common import Result
 from fastphi.data import MemoryImages
-from fastphi.study import Settings, Study
+from fastphi.study import Settings, Study, claims, material, record, stages
 
 TINY = Settings(
     images=60,
@@ -44,7 +43,7 @@ def images():
 
 @pytest.fixture(autouse=True)
 def fewer_draws(monkeypatch):
-    monkeypatch.setattr(study, "LEVEL_DRAWS", 2)
+    monkeypatch.setattr(material, "LEVEL_DRAWS", 2)
 
 
 def test_a_study_goes_on_where_it_stopped(make_model, images, tmp_path, monkeypatch):
@@ -55,14 +54,14 @@ def test_a_study_goes_on_where_it_stopped(make_model, images, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(study.STAGES, "subspaces", interrupted)
+        patch.setitem(stages.STAGES, "subspaces", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Study(model, images, out, TINY, training=images).run()
     stored = out / "results" / "stability.npz"
     before = stored.stat().st_mtime_ns
     one = Study(model, images, out, TINY, training=images)
     results = one.run()
-    assert list(results) == list(study.STAGES)
+    assert list(results) == list(stages.STAGES)
     assert stored.stat().st_mtime_ns == before  # not measured again
     again = Study(model, images, out, TINY, training=images).run()
     assert {n: r.numbers() for n, r in again.items()} == {
@@ -77,7 +76,7 @@ def test_without_labels_or_training_images(make_model, images, tmp_path):
     with pytest.raises(ValueError, match="stages: expected one of .*; got 'nothing'"):
         one.run(["nothing"])
     missing = {"neighbours", "probe", "memorisation"}
-    assert all(study.STAGES[name](one) is None for name in missing)
+    assert all(stages.STAGES[name](one) is None for name in missing)
 
 
 def test_another_study_is_not_overwritten(make_model, images, tmp_path):

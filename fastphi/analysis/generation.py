@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fastphi
+from fastphi import targets
 from fastphi.analysis.common import Result, exceeds, new_axes
 from fastphi.analysis.likeness import phi_of
 from fastphi.analysis.stability import cosine
+from fastphi.sampling import reconstruct, sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +98,7 @@ def generation(
     if len(sizes) != 1 or len(size := next(iter(sizes))) != 3:
         raise ValueError(f"groups: expected images (m, C, H, W) of one size, got {sorted(sizes)}")
     parameter, how, pixels = next(model.parameters()), dict(how or {}), (size[1], size[2])
-    run = fastphi.sample(  # adaptive: on the schedule the denoiser alone ends near the mean image
+    run = sample(  # adaptive: on the schedule the denoiser alone ends near the mean image
         model, prior, size=pixels, seed=seed, max_steps=_PRIOR_STEPS, progress=progress
     )
     unconditional = run.images.float().cpu()
@@ -110,7 +111,7 @@ def generation(
         for k, x in enumerate(members):
             x = x.to(parameter)
             target = _target(model, x, combined, sigmas, draws, seed).repeat(copies)
-            one = fastphi.reconstruct(
+            one = reconstruct(
                 model, target, sigmas=sigmas, size=pixels, seed=seed + 1 + k, progress=progress
             )
             images.append(one.images.float().cpu())
@@ -125,11 +126,11 @@ def generation(
 
 def _target(
     model: UNet, x: Tensor, how: str, sigmas: tuple[float, float, int], draws: int, seed: int
-) -> fastphi.targets.Targets:
+) -> targets.Targets:
     """φ* of all images together at every level of the schedule, found once for all samples."""
-    each = fastphi.targets.centroid(model, x, how, draws, seed=seed)
+    each = targets.centroid(model, x, how, draws, seed=seed)
     levels = np.linspace(*sigmas)
-    return fastphi.targets.table(levels.tolist(), torch.stack([each.phi(s) for s in levels]))
+    return targets.table(levels.tolist(), torch.stack([each.phi(s) for s in levels]))
 
 
 def _cosines(

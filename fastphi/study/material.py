@@ -1,11 +1,7 @@
-"""One model and one data set, measured in the paper's order: what `fastphi analyze` computes.
-
-Every stage's result is stored when it is done, so that an interrupted study goes on where it stopped.
-"""
+"""What the stages of a study share: a model, images, φ of them, controls; made when first asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-import fastphi
-from fastphi import checkpoint, data
-from fastphi.analysis import record
+from fastphi import __version__, checkpoint, data, targets
 from fastphi.analysis.common import Result, principal, untrained
 from fastphi.analysis.neighbours import distinct
-from fastphi.study_stages import KINDS, STAGES
-from fastphi.support import files, validate
+from fastphi.phi import PhiStore, extract
+from fastphi.sampling import Reconstruction, reconstruct
+from fastphi.support import files
 from fastphi.unet import UNet
 
 
@@ -64,8 +59,9 @@ QUICK = Settings(
 LEVEL_DRAWS = 20
 
 
-class Study:
-    """The stages, and what they share: φ stores in `out`, an untrained network's, pixels, samples.
+class Material:
+    """A model and images, and what follows from them: φ stores in `out`, an untrained network's, pixels,
+    samples. results: of the stages that are done.
 
     model: a denoiser; images: a pack or images; training: the pack it was trained on, for nearest
     training images; out: the folder of everything. Raises ValueError where `out` is of another study.
@@ -91,11 +87,12 @@ class Study:
         self.rows = np.sort(chosen)
         self.few = self.rows[np.linspace(0, n - 1, min(self.settings.few, n)).astype(int)]
         self._claim_folder()
+        self.results: dict[str, Result] = {}
 
     def _claim_folder(self) -> None:
         """ValueError where the folder holds another study; else its description is there."""
         described = {
-            "fastphi": fastphi.__version__,
+            "fastphi": __version__,
             "model": checkpoint.fingerprint(self.model),
             "data": self.images.sha256,
             "training": None if self.training is None else self.training.sha256,
@@ -109,13 +106,9 @@ class Study:
         else:
             files.write_json(path, described)
 
-    # --- what stages share ------------------------------------------------------------------------
-
-    def _extract(
-        self, name: str, model: UNet, rows: np.ndarray, **options: Any
-    ) -> fastphi.PhiStore:
+    def _extract(self, name: str, model: UNet, rows: np.ndarray, **options: Any) -> PhiStore:
         options |= {"indices": rows, "seed": self.settings.seed, "progress": self.progress}
-        return fastphi.extract(model, self.images, self.out / "phi" / name, **options)
+        return extract(model, self.images, self.out / "phi" / name, **options)
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
@@ -124,7 +117,7 @@ class Study:
         return tuple(sorted(s for s in wanted if s <= top))
 
     @cached_property
-    def store(self) -> fastphi.PhiStore:
+    def store(self) -> PhiStore:
         s = self.settings
         levels = [s.sigma, s.other]
         return self._extract("images", self.model, self.rows, sigmas=levels, draws=s.draws)
@@ -135,7 +128,7 @@ class Study:
         return self.store.array(self.settings.sigma)
 
     @cached_property
-    def blocks(self) -> fastphi.PhiStore:
+    def blocks(self) -> PhiStore:
         return self._every_block("levels", self.model)
 
     @cached_property
@@ -143,7 +136,7 @@ class Study:
         return untrained(self.model, self.settings.seed)
 
     @cached_property
-    def fresh_blocks(self) -> fastphi.PhiStore:
+    def fresh_blocks(self) -> PhiStore:
         return self._every_block("untrained-levels", self.fresh)
 
     @cached_property
@@ -152,7 +145,7 @@ class Study:
         options: dict[str, Any] = {"sigmas": [s.sigma], "draws": s.draws}
         return self._extract("untrained", self.fresh, self.rows, **options).array(s.sigma)
 
-    def _every_block(self, name: str, model: UNet) -> fastphi.PhiStore:
+    def _every_block(self, name: str, model: UNet) -> PhiStore:
         options: dict[str, Any] = {"draws": LEVEL_DRAWS, "blocks": "all", "sigmas": self.levels}
         return self._extract(name, model, self.few, **options)
 
@@ -191,11 +184,11 @@ class Study:
         return min(1.0, self.model.training_info.sigma_max), 0.03, self.settings.steps
 
     @cached_property
-    def reconstruction(self) -> fastphi.Reconstruction:
+    def reconstruction(self) -> Reconstruction:
         s = self.settings
-        return fastphi.reconstruct(
+        return reconstruct(
             self.model,
-            fastphi.targets.from_images(self.model, self.targets, draws=10, copies=s.copies),
+            targets.from_images(self.model, self.targets, draws=10, copies=s.copies),
             sigmas=self.path,
             seed=s.seed,
             save=self.out / "reconstruction.npz",
@@ -207,29 +200,3 @@ class Study:
         """(targets, copies, C, H, W)."""
         images = self.reconstruction.images.float().cpu()
         return images.reshape(len(self.targets), self.settings.copies, *images.shape[1:])
-
-    @cached_property
-    def results(self) -> dict[str, Result]:
-        """Of the stages that are done, in order."""
-        return {name: self._load(name) for name in STAGES if self._file(name).exists()}
-
-    def run(self, stages: Sequence[str] | None = None) -> Mapping[str, Result]:
-        """Every stage that applies, or those of `stages`; what is done already is read."""
-        from tqdm.auto import tqdm
-
-        for name in stages or ():
-            validate.choice(name, "stages", STAGES)
-        wanted = [name for name in STAGES if stages is None or name in stages]
-        with tqdm(wanted, desc="analyze", unit="stage", disable=not self.progress) as bar:
-            for name in bar:
-                bar.set_postfix_str(name)
-                if name not in self.results and (result := STAGES[name](self)) is not None:
-                    record.save(result, self._file(name))
-                    self.results[name] = result
-        return {name: self.results[name] for name in STAGES if name in self.results}
-
-    def _file(self, name: str) -> Path:
-        return self.out / "results" / f"{name}.npz"
-
-    def _load(self, name: str) -> Result:
-        return record.load(self._file(name), KINDS)

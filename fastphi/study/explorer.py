@@ -13,15 +13,15 @@ import numpy as np
 
 from fastphi.analysis.neighbours import nearest
 from fastphi.analysis.selectivity import exciting, pictured, top_channels
-from fastphi.study import Study
-from fastphi.study_stages import clusters_of
+from fastphi.study.material import Material
+from fastphi.study.stages import clusters_of
 from fastphi.support import files
 
 MOST = 2000  # images on a page: it stays under 15 MB
 _NEIGHBOURS, _CHANNELS, _EXCITING = 12, 4, 12
 
 
-def write(study: Study, path: Path) -> Path:
+def write(study: Material, path: Path) -> Path:
     """The explorer of a study whose stages are done."""
     embedded: Any = study.results["map"]
     labels = study.labels
@@ -79,7 +79,7 @@ def html(
         "sprite": _sprite(images, columns),
     }
     text = json.dumps(content, separators=(",", ":")).replace("</", "<\\/")
-    template = (resources.files("fastphi") / "explorer.html").read_text(encoding="utf-8")
+    template = (resources.files("fastphi.study") / "explorer.html").read_text(encoding="utf-8")
     return template.replace("/*CONTENT*/null", text)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +24,7 @@ from fastphi.analysis.selectivity import Selectivity, selectivity
 from fastphi.analysis.sparsity import Sparsity, sparsity
 from fastphi.analysis.stability import Stability, stability
 from fastphi.analysis.subspaces import Subspaces, subspaces
-
-if TYPE_CHECKING:
-    from fastphi.study import Study
+from fastphi.study.material import Material
 
 KINDS: dict[str, type[Result]] = {
     kind.__name__: kind
@@ -40,22 +38,22 @@ KINDS: dict[str, type[Result]] = {
 # A stage returns None where it does not apply.
 
 
-def _sparsity(s: Study) -> Result:
+def _sparsity(s: Material) -> Result:
     return sparsity(
         s.blocks, s.model, sigma=s.settings.sigma, controls={"untrained": s.fresh_blocks}
     )
 
 
-def _stability(s: Study) -> Result:
+def _stability(s: Material) -> Result:
     return stability(s.blocks, s.settings.other, controls={"untrained": s.fresh_blocks})
 
 
-def _selectivity(s: Study) -> Result:
+def _selectivity(s: Material) -> Result:
     others = {"untrained": s.fresh_phi, "pixels' PCA": s.controls["pixels' PCA"]}
     return selectivity(s.phi, controls=others, seed=s.settings.seed)
 
 
-def _channels(s: Study) -> Result:
+def _channels(s: Material) -> Result:
     sigma, few = s.settings.sigma, s.images.batch(s.few)
     others = {s.settings.other: s.store.array(s.settings.other)}
     return channels(
@@ -69,46 +67,46 @@ def _channels(s: Study) -> Result:
     )
 
 
-def _subspaces(s: Study) -> Result:
+def _subspaces(s: Material) -> Result:
     return subspaces(s.phi, min(50, len(s.phi) // 4), seed=s.settings.seed)
 
 
-def _neighbours(s: Study) -> Result | None:
+def _neighbours(s: Material) -> Result | None:
     return None if s.labels is None else label_agreement(s.phi, s.labels, controls=s.controls)
 
 
-def _count(s: Study) -> int:
+def _count(s: Material) -> int:
     """Of clusters: so many that each can have twenty members."""
     return max(min(s.settings.clusters, len(s.phi) // 20), 2)
 
 
-def _clusters(s: Study) -> Result:
+def _clusters(s: Material) -> Result:
     return clusters(s.phi, _count(s), labels=s.labels, seed=s.settings.seed)
 
 
-def _agreement(s: Study) -> Result:
+def _agreement(s: Material) -> Result:
     others = {f"σ = {s.settings.other:g}": s.store.array(s.settings.other)}
     return agreement(s.phi, _count(s), others=others, labels=s.labels, starts=5)
 
 
-def _map(s: Study) -> Result:
+def _map(s: Material) -> Result:
     return embedding(s.phi, labels=clusters_of(s), seed=s.settings.seed)
 
 
-def clusters_of(s: Study) -> np.ndarray:
+def clusters_of(s: Material) -> np.ndarray:
     """(N,): each row's cluster."""
     found: Any = s.results.get("clusters")
     return (kmeans(s.phi, _count(s)) if found is None else found.clusters).labels
 
 
-def _likeness(s: Study) -> Result:
+def _likeness(s: Material) -> Result:
     return likeness(s.model, s.targets, s.samples, sigma=s.settings.sigma)
 
 
 GROUPS, MEMBERS = 2, 16  # targets of a kind, and images that one is made of
 
 
-def groups_of(s: Study) -> dict[str, list[np.ndarray]]:
+def groups_of(s: Material) -> dict[str, list[np.ndarray]]:
     """{kind: rows of φ of the images behind each target}: of the largest clusters, of the commonest
     classes, and pairs of the images that were reconstructed."""
     pairs = s.target_rows[: len(s.target_rows) // 2 * 2].reshape(-1, 2)[:GROUPS]
@@ -126,7 +124,7 @@ def _members(labels: np.ndarray, seed: int) -> list[np.ndarray]:
     return [rng.permutation(np.flatnonzero(labels == c))[:MEMBERS] for c in largest]
 
 
-def _generation(s: Study) -> Result:
+def _generation(s: Material) -> Result:
     groups = {
         kind: [s.images.batch(s.rows[rows]) for rows in of] for kind, of in groups_of(s).items()
     }
@@ -141,14 +139,14 @@ def _generation(s: Study) -> Result:
     )
 
 
-def _memorisation(s: Study) -> Result | None:
+def _memorisation(s: Material) -> Result | None:
     if s.training is None:
         return None
     made = s.samples.flatten(0, 1).clamp(0, 1)
     return memorisation(made, s.training, s.images.batch(s.rows[:500]))
 
 
-def _divergence(s: Study) -> Result:
+def _divergence(s: Material) -> Result:
     rows = distinct(s.phi, s.settings.pairs_of, s.settings.seed)
     return conditional_divergence(
         s.model,
@@ -162,30 +160,30 @@ def _divergence(s: Study) -> Result:
     )
 
 
-def _noise_level(s: Study) -> Result:
+def _noise_level(s: Material) -> Result:
     images = s.images.batch(s.few[:16])
     return noise_level(s.model, images, seed=s.settings.seed, controls={"untrained": s.fresh})
 
 
-def _probe(s: Study) -> Result | None:
+def _probe(s: Material) -> Result | None:
     return None if s.labels is None else probe(s.phi, s.labels, controls=_small(s))
 
 
-def _small(s: Study) -> dict[str, np.ndarray]:
+def _small(s: Material) -> dict[str, np.ndarray]:
     """Controls of as many numbers per image as φ has."""
     return {name: rows for name, rows in s.controls.items() if name != "pixels"}
 
 
-def _shifts(s: Study) -> Result:
+def _shifts(s: Material) -> Result:
     return shifts(s.model, s.images.batch(s.few[:64]), controls={"untrained": s.fresh})
 
 
-def _decoding(s: Study) -> Result:
+def _decoding(s: Material) -> Result:
     height = s.images.shape[1]
     return decode_objects(s.model, height, 400, control=s.fresh)
 
 
-STAGES: dict[str, Callable[[Study], Result | None]] = {
+STAGES: dict[str, Callable[[Material], Result | None]] = {
     "sparsity": _sparsity,
     "stability": _stability,
     "selectivity": _selectivity,

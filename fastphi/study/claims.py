@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fastphi.analysis.claim import Claim, beats_chance, median, shares, spearman, with_error
 from fastphi.analysis.common import exceeds
+from fastphi.study.claim import Claim, beats_chance, median, shares, spearman, with_error
 
 
 def judge(results: Mapping[str, Any]) -> list[dict[str, str]]:

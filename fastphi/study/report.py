@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
-import fastphi
+from fastphi import __version__
 from fastphi.analysis.channels import STATISTICS
-from fastphi.analysis.claims import judge
 from fastphi.analysis.neighbours import nearest
 from fastphi.analysis.selectivity import exciting, pictured, top_channels
 from fastphi.analysis.subspaces import components
-from fastphi.study import Study
-from fastphi.study_stages import clusters_of, groups_of
+from fastphi.study.claims import judge
+from fastphi.study.material import Material
+from fastphi.study.stages import clusters_of, groups_of
 from fastphi.support import files, plots
 from fastphi.support.html import Report
 
 _COLUMNS = ["claim of the paper, with its value where it gives one", "found here", "verdict"]
 
 
-def write(study: Study, results: Mapping[str, Any]) -> Path:
+def write(study: Material, results: Mapping[str, Any]) -> Path:
     """report.html, figures/*.png and *.pdf, numbers.json in the study's folder; returns the page."""
     verdicts = judge(results)
     numbers = {name: result.numbers() for name, result in results.items()}
@@ -48,11 +48,11 @@ def write(study: Study, results: Mapping[str, Any]) -> Path:
         if rows:
             report.table("", "", _COLUMNS, rows, words=True)
     page = study.out / "report.html"
-    report.write(page, f"fastphi {fastphi.__version__}; every number is in numbers.json.")
+    report.write(page, f"fastphi {__version__}; every number is in numbers.json.")
     return page
 
 
-def _introduction(study: Study) -> str:
+def _introduction(study: Material) -> str:
     count = sum(p.numel() for p in study.model.parameters())
     info, s = study.model.training_info, study.settings
     return (
@@ -73,18 +73,18 @@ def _definition(result: Any) -> str:
 
 # --- figures --------------------------------------------------------------------------------------
 
-Draw = Callable[[Report, str, Study, Any, str], None]
+Draw = Callable[[Report, str, Material, Any, str], None]
 
 
 def _plain(size: tuple[float, float] = (7.5, 3.8)) -> Draw:
-    def draw(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+    def draw(report: Report, heading: str, study: Material, result: Any, text: str) -> None:
         with report.figure(heading, text, size=size) as (ax,):
             result.plot(ax)
 
     return draw
 
 
-def _selectivity(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+def _selectivity(report: Report, heading: str, study: Material, result: Any, text: str) -> None:
     with report.figure(heading, text, size=(7.5, 3.6)) as (ax,):
         result.plot(ax)
     few, many = pictured(study.phi)[:6], result.common()[:6]
@@ -105,7 +105,7 @@ def _selectivity(report: Report, heading: str, study: Study, result: Any, text: 
         plots.images(ax, rows)
 
 
-def _channels(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+def _channels(report: Report, heading: str, study: Material, result: Any, text: str) -> None:
     measured = [name for name in STATISTICS if len(getattr(result, name))]
     half = (len(measured) + 1) // 2
     for part, names in enumerate((measured[:half], measured[half:])):
@@ -115,7 +115,7 @@ def _channels(report: Report, heading: str, study: Study, result: Any, text: str
                 result.plot(ax, name)
 
 
-def _subspaces(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+def _subspaces(report: Report, heading: str, study: Material, result: Any, text: str) -> None:
     queries = study.target_rows[:2]
     chosen, sets = components(study.phi, queries, min(50, len(study.phi) // 4))
     with report.figure(heading, text, columns=2, size=(9, 3.6)) as (left, right):
@@ -126,7 +126,9 @@ def _subspaces(report: Report, heading: str, study: Study, result: Any, text: st
         result.plot(right)
 
 
-def _neighbour_pictures(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+def _neighbour_pictures(
+    report: Report, heading: str, study: Material, result: Any, text: str
+) -> None:
     queries = study.target_rows[:6]
     about = (
         "First column: the query. Left: its nearest in φ (cosine). Right: its nearest in pixels."
@@ -139,7 +141,7 @@ def _neighbour_pictures(report: Report, heading: str, study: Study, result: Any,
             ax.set_title(title)
 
 
-def _map(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+def _map(report: Report, heading: str, study: Material, result: Any, text: str) -> None:
     own = clusters_of(study)
     biggest = np.argsort(-np.bincount(own))[:10]
     with report.figure(heading, text, columns=2, size=(11, 5)) as (left, right):
@@ -156,7 +158,7 @@ def _map(report: Report, heading: str, study: Study, result: Any, text: str) -> 
         right.set_title("random members, one cluster per row")
 
 
-def _likeness(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+def _likeness(report: Report, heading: str, study: Material, result: Any, text: str) -> None:
     count = min(4, len(study.targets))
     about = "In the frame, the target; round it, eight samples with its φ (Algorithms 1 and 2)."
     if study.settings.copies == 8:
@@ -175,7 +177,7 @@ _MADE_OF = {
 }
 
 
-def _generation(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+def _generation(report: Report, heading: str, study: Material, result: Any, text: str) -> None:
     _plain((7.5, 3.6))(report, heading, study, result, text)
     about = "Images from noise by the denoiser alone, without a target."
     with report.figure("Unconditional samples", about, size=(9, 2.6)) as (ax,):
@@ -191,7 +193,7 @@ def _generation(report: Report, heading: str, study: Study, result: Any, text: s
             plots.images(ax, rows, labels)
 
 
-def _memorisation(report: Report, heading: str, study: Study, result: Any, text: str) -> None:
+def _memorisation(report: Report, heading: str, study: Material, result: Any, text: str) -> None:
     _plain()(report, heading, study, result, text)
     about = "Above, one sample of each target; below, the training image nearest to it."
     copies = study.settings.copies
