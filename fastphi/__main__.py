@@ -1,5 +1,5 @@
 """`python -m fastphi`: the command line, also as `torchrun ... -m fastphi train ...`."""
 
-from fastphi.cli import main
+from fastphi.cli.main import main
 
 main()

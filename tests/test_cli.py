@@ -14,7 +14,7 @@ import fastphi
 
 pytest.importorskip("tyro")  # the Python API does without
 
-from fastphi.cli import COMMANDS, main  # noqa: E402
+from fastphi.cli.main import COMMANDS, main  # noqa: E402
 
 TRAIN = "--model.channels 4 8 --model.dec-layers 2 --batch 8".split()
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastphi import demo, demo_patches
+from fastphi.demo import demo
+from fastphi.demo import patches as demo_patches
 
 
 @pytest.mark.parametrize("train", [0, 2])

@@ -128,7 +128,7 @@ def test_the_rules_are_those_that_were_written_down():
 
 
 def test_analyze_command(make_model, images, tmp_path, monkeypatch, capsys):
-    from fastphi import cli
+    from fastphi.cli import main as cli
 
     x = (images.batch(range(64)) * 255).byte().permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "x.npz", images=x, labels=images.labels)

@@ -37,7 +37,7 @@ import gpu_tables
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 510  # seconds of a part, with the build that it needs first
 Part = Callable[[Path, float], str]  # (its file, seconds) -> what is wrong
-DOCTOR = "from fastphi import doctor; print(doctor.text(doctor.report()))"
+DOCTOR = "from fastphi.cli import doctor; print(doctor.text(doctor.report()))"
 READY = "from fastphi.engine import gpu; import sys; sys.exit(gpu.missing())"
 GPU = "import torch; print(torch.cuda.is_available())"
 MACHINE = "import json, support; print(json.dumps(support.machine()))"

@@ -21,7 +21,7 @@ except ModuleNotFoundError:
         "fastphi: error: the command line needs tyro (pip install tyro); the Python API does not"
     )
 
-from fastphi.cli_samples import Backend, reconstruct, sample
+from fastphi.cli.samples import Backend, reconstruct, sample
 from fastphi.config import UNetConfig
 from fastphi.train import TrainConfig
 
@@ -155,7 +155,7 @@ def neighbours(
         picture: a PNG to write: query, neighbours in φ, neighbours in pixels. Needs --images.
         out: a JSON file to write instead of printing.
     """
-    from fastphi.commands import neighbours_command
+    from fastphi.cli.commands import neighbours_command
 
     found = neighbours_command(store, queries, sigma, k, block, images, picture)
     _put(json.dumps(found, indent=2), out)
@@ -190,7 +190,7 @@ def analyze(
         device: cpu or cuda.
         backend: the engine; auto takes the fastest that can serve.
     """
-    from fastphi.commands import analyze_command
+    from fastphi.cli.commands import analyze_command
 
     options = {"images": limit, "sigma": sigma, "seed": seed}
     analyze_command(
@@ -212,7 +212,7 @@ def doctor(json_: Annotated[bool, arg(name="json")] = False) -> None:
     Args:
         json_: as JSON.
     """
-    from fastphi import doctor
+    from fastphi.cli import doctor
 
     found = doctor.report()
     print(json.dumps(found, indent=2) if json_ else doctor.text(found))

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 import fastphi
-from fastphi import demo_patches, demo_report, targets
+from fastphi import targets
 from fastphi.analysis.neighbours import distinct
+from fastphi.demo import patches, report
 from fastphi.support.html import Report
 
 SIGMA = 0.2  # noise level at which φ is compared
@@ -67,9 +68,9 @@ def run(
     started = time.perf_counter()
     with _step("pack", "cutting photographs into patches", "5 s"):
         if train:
-            seen, images, name = demo_patches.apart(out, folder, TRAINED_SIZE)
+            seen, images, name = patches.apart(out, folder, TRAINED_SIZE)
         else:
-            images, name = demo_patches.whole(out, folder, SIZE)
+            images, name = patches.whole(out, folder, SIZE)
     if train:
         with _step("train", f"{train} steps of 16 patches on {name}", "3 min for 4500 steps"):
             model = _train(out, train, seen, images)
@@ -89,13 +90,13 @@ def run(
             save=out / "reconstruction.npz",
         )
     with _step("report", "drawing", "5 s"):
-        report = Report("fastphi demo", _introduction(model, name, train))
+        page = Report("fastphi demo", _introduction(model, name, train))
         if train:
-            demo_report.training(report, out / "model" / "log.jsonl")
-        demo_report.pictures(report, model, images, store, SIGMA)
-        demo_report.reconstructions(report, model, clean, result)
+            report.training(page, out / "model" / "log.jsonl")
+        report.pictures(page, model, images, store, SIGMA)
+        report.reconstructions(page, model, clean, result)
         minutes = (time.perf_counter() - started) / 60
-        report.write(out / "report.html", f"fastphi {fastphi.__version__}, {minutes:.1f} minutes.")
+        page.write(out / "report.html", f"fastphi {fastphi.__version__}, {minutes:.1f} minutes.")
     print(f"\nDone in {minutes:.1f} min. Open {out / 'report.html'}")
 
 
@@ -147,7 +148,3 @@ def _targets(images: Any, phi: np.ndarray, n: int) -> np.ndarray:
     contrast = images.batch(np.arange(len(images))).std(dim=(1, 2, 3))
     rich = torch.argsort(contrast, descending=True)[: max(len(images) // 2, n)].sort()[0].numpy()
     return rich[distinct(phi[rich], n)]
-
-
-if __name__ == "__main__":
-    main()

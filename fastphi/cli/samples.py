@@ -71,7 +71,7 @@ def reconstruct(
         backend: the engine; auto takes the fastest that can serve.
     """
     options = locals()
-    from fastphi.commands import reconstruct_command
+    from fastphi.cli.commands import reconstruct_command
 
     reconstruct_command(**options)
 
@@ -113,6 +113,6 @@ def sample(
         backend: the engine; auto takes the fastest that can serve.
     """
     options = locals()
-    from fastphi.commands import sample_command
+    from fastphi.cli.commands import sample_command
 
     sample_command(**options)
