@@ -88,8 +88,8 @@ sanitize: setup
 	FASTPHI_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	for isa in $(ISAS); do echo "== $$isa"; FASTPHI_ISA=$$isa PYTHONPATH=$(SANITIZED)/lib \
 	  LD_PRELOAD="$(LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-	  $(BIN)/pytest -q -p no:cacheprovider tests/test_cpu.py tests/test_cpu_bf16.py tests/test_winograd.py \
-	  tests/test_ops.py || exit 1; done
+	  $(BIN)/pytest -q -p no:cacheprovider tests/engine/cpu \
+	  tests/engine/test_ops.py || exit 1; done
 
 gpu-static: setup
 	$(BIN)/python tools/gpu_static.py --cache "$(CACHE)"

@@ -42,7 +42,11 @@ READY = "from fastphi.engine import gpu; import sys; sys.exit(gpu.missing())"
 GPU = "import torch; print(torch.cuda.is_available())"
 MACHINE = "import json, support; print(json.dumps(support.machine()))"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-OPERATORS = ("test_gpu_ops.py", "test_gpu_images.py", "test_gpu_ops_arguments.py")
+OPERATORS = (
+    "engine/gpu/test_ops.py",
+    "engine/gpu/test_images.py",
+    "engine/gpu/test_ops_arguments.py",
+)
 # Under a sanitizer: nothing that captures (no cached memory there) or traces.
 SANITIZED = "not graph and not opcheck and not errors and not named"
 
@@ -171,12 +175,12 @@ def benchmarks(file: str, *options: str) -> Part:
 NETWORK = "bench_gpu_network.py"
 PARTS: dict[str, Part] = {
     "build": build,
-    "kernels": tests(*OPERATORS, "test_triton_*.py"),
+    "kernels": tests(*OPERATORS, "triton_kernels/test_*.py", "engine/gpu/test_interpreted_*.py"),
     "engine": tests(
-        "test_gpu_runner.py",
-        "test_gpu_precision.py",
-        "test_gpu_match*.py",  # guidance
-        "test_gpu_training.py",
+        "engine/gpu/test_runner.py",
+        "engine/gpu/test_precision.py",
+        "engine/gpu/test_match*.py",  # guidance
+        "engine/gpu/test_training.py",
         distribution="loadfile",
     ),
     "sanitizer": sanitizer,

@@ -12,5 +12,5 @@ Dead channels, whose value is the same (0, as a rule) for every image, are part 
 - Cosines, neighbours, clusters, subspaces' overlap, probe, divergence: a channel of zeros changes nothing.
 - The Gaussian control has them too: constant there, not brought to life by rounding.
 
-Tested channel by channel in tests/test_analysis_dead_channels.py.
+Tested channel by channel in tests/analysis/test_dead_channels.py.
 """

@@ -1,7 +1,7 @@
 """The GPU engine's runner against the float64 reference: every block, part of a batch, kind of network.
 
 Without a GPU its plans are walked launch by launch in Triton's interpreter; graphs, streams and full
-size are test_gpu_runner.py's.
+size are test_runner.py's.
 """
 
 from __future__ import annotations

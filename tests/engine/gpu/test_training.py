@@ -1,7 +1,7 @@
 """Training on a GPU at full size: every gradient, torch.compile, what is learnt; float32 master weights.
 
-What the ops compute by themselves is also tested without a GPU, in test_triton_training.py, and what
-bfloat16 makes of them at this size in test_gpu_emulated.py, on which the tolerances stand.
+What the ops compute by themselves is also tested without a GPU, in test_interpreted_training.py, and what
+bfloat16 makes of them at this size in test_emulated.py, on which the tolerances stand.
 """
 
 from __future__ import annotations

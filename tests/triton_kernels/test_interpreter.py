@@ -17,11 +17,13 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.skipif(interpreter_skip_reason() is not None, reason=str(interpreter_skip_reason()))
 def test_every_kernel_in_the_interpreter():
-    tests = sorted(str(f) for f in HERE.glob("test_triton_*.py") if f.name != Path(__file__).name)
+    kernels = [f for f in HERE.glob("test_*.py") if f.name != Path(__file__).name]
+    engine = (HERE.parent / "engine/gpu").glob("test_interpreted_*.py")
+    tests = sorted(str(f) for f in (*kernels, *engine))
     # one thread: the products are small, and their bits must not depend on how they are shared out
     env = os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout
 

@@ -1,5 +1,5 @@
-"""Weights packed in one launch: the bits of what torch packs, which test_triton_fused_layer.py and
-test_triton_conv_bwd.py prove right.
+"""Weights packed in one launch: the bits of what torch packs, which test_fused_layer.py and
+test_conv_bwd.py prove right.
 """
 
 from __future__ import annotations

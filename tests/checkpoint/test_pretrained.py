@@ -16,7 +16,7 @@ from fastphi import checkpoint, noise
 from fastphi.checkpoint import pretrained
 from fastphi.train import TrainConfig, Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAME = "natural64-small"
 
 

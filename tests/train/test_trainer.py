@@ -30,7 +30,7 @@ from fastphi.train.process import World
 from fastphi.unet import UNet
 
 NETWORK = UNetConfig(channels=(4, 6), dec_layers=2, mid_layers=2)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def images(n: int = 40) -> torch.Tensor:
@@ -395,7 +395,7 @@ KILLED = """
     import os, signal, sys, torch
     sys.path[:0] = [{root!r}, {tests!r}]
     torch.set_num_threads(1)
-    import test_train
+    import test_trainer
     from pathlib import Path
 
     def life(out, moment):
@@ -415,7 +415,7 @@ KILLED = """
 
         os.replace, os.fsync = deadly(os.replace), deadly(os.fsync)
         Path.unlink, torch.optim.Adam.step = deadly(Path.unlink), deadly(torch.optim.Adam.step)
-        test_train.train(Path(out))
+        test_trainer.train(Path(out))
         os._exit(0)
 
     assert life(sys.argv[1], 0) == 0
@@ -442,17 +442,17 @@ DISTRIBUTED = """
     sys.path[:0] = [{root!r}, {tests!r}]
     import pytest, torch
     torch.set_num_threads(1)
-    import test_train
+    import test_trainer
     from pathlib import Path
     out = Path(sys.argv[1])
-    test_train.train(out / "two", backend="reference")
+    test_trainer.train(out / "two", backend="reference")
     with pytest.raises(ValueError, match="cannot be divided among 2"):
-        test_train.train(out / "odd", batch=9)
+        test_trainer.train(out / "odd", batch=9)
     with pytest.raises(ValueError, match="lr was"):  # on both, found by one
-        test_train.train(out / "two", backend="reference", lr=1.0)
-    poisoned = test_train._Poisoned(test_train.images())
+        test_trainer.train(out / "two", backend="reference", lr=1.0)
+    poisoned = test_trainer._Poisoned(test_trainer.images())
     with pytest.raises(FloatingPointError, match="image 7"):  # on both, though one has it
-        test_train.train(out / "nan", poisoned, holdout=0)
+        test_trainer.train(out / "nan", poisoned, holdout=0)
 """
 
 

@@ -177,7 +177,7 @@ def main() -> None:
 @pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form(form):
-    run = in_form(form, "import test_cpu_bf16; test_cpu_bf16.main()")
+    run = in_form(form, "import test_bf16; test_bf16.main()")
     if "this processor does not have" in run.stderr:
         pytest.skip(run.stderr.strip().splitlines()[-1])
     assert run.returncode == 0, run.stderr

@@ -1,7 +1,7 @@
 """Shared by the tests of the Triton kernels: where they run, inputs, and how close is close.
 
 With a GPU they run on it. Without one they run in Triton's interpreter, which must be asked for before
-Triton is imported: test_triton_interpreter.py starts a process for that, and here they are skipped.
+Triton is imported: test_interpreter.py starts a process for that, and here they are skipped.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def need_kernels() -> None:
     if (reason := skip_reason()) is not None:
         pytest.skip(reason, allow_module_level=True)
     if DEVICE.type == "cpu" and not INTERPRETED:
-        reason = "no GPU: test_triton_interpreter.py runs this in Triton's interpreter"
+        reason = "no GPU: test_interpreter.py runs this in Triton's interpreter"
         pytest.skip(reason, allow_module_level=True)
 
 

@@ -1,7 +1,7 @@
 """The GPU engine's guidance loop against float64: gradient to the image, losses, stops, company.
 
 Without a GPU its plans are walked launch by launch in Triton's interpreter; graphs, streams and full
-size are test_gpu_match.py's.
+size are test_match.py's.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def same(found, want) -> None:
 
 
 # bfloat16: some 2^-8 per layer, forward and backward, and ReLUs that fall the other way: 0.23 at most in
-# such a network on test_gpu_emulated.py's kernels, as of PyTorch's autocast. In float32 1e-5.
+# such a network on test_emulated.py's kernels, as of PyTorch's autocast. In float32 1e-5.
 
 
 @pytest.mark.parametrize("low, tolerance", [(False, 1e-3), (True, 0.25)], ids=["fp32", "bf16"])
