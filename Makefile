@@ -11,7 +11,8 @@
 # make gpu-suite PART="build tests"  what is to be run where a GPU is: tools/gpu_suite.py says which parts
 #             there are; with PYTHON, which must have a torch with CUDA, into OUT=out/gpu; no network
 #
-# Set-up is the project's own virtual environment, .venv, with the compiled extension. Variables:
+# Set-up is the project's own virtual environment, .venv, with the compiled extension; an interrupted
+# command goes on where it stopped. Variables:
 #   TORCH=torch==2.13.0  the torch to install      PYTHON=python3  the Python to use
 #   DATA=folder          the photographs of the demo (default: the two that scikit-learn ships)
 
@@ -27,69 +28,93 @@ CACHE  ?= $(HOME)/.cache/fastphi
 VENV := .venv
 BIN  := $(VENV)/bin
 C_FILES := find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
 .PHONY: setup demo test check format wheel doctor bench sanitize gpu-static gpu-suite clean
 
+# A stamp a step: what an interruption leaves done is not done again. Each use installs what it needs:
+# the demo neither Triton nor a linter.
+PIP := $(BIN)/python -m pip install -q
+
 setup: $(VENV)/built
 
-$(VENV)/packages: pyproject.toml Makefile
-	@echo "== Set-up 1/2: virtual environment and packages (a minute or two, most of it download)"
+$(VENV)/torch: Makefile
+	@echo "== Set-up 1/3: a virtual environment and $(TORCH) (half a minute, most of it download)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q "$(TORCH)" ninja numpy
-	@# a torch with CUDA has brought its own Triton
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q $(TRITON)
-	$(BIN)/python tools/requirements.py test dev > $(VENV)/requirements.txt
-	$(BIN)/python -m pip install -q -r $(VENV)/requirements.txt
+	$(PIP) --upgrade pip "setuptools>=77" wheel
+	$(PIP) "$(TORCH)" ninja numpy
+	@touch $@
+
+$(VENV)/packages: $(VENV)/torch pyproject.toml
+	@echo "== Set-up 2/3: the packages that fastphi needs (half a minute)"
+	$(BIN)/python tools/requirements.py > $(VENV)/packages.txt
+	$(PIP) -r $(VENV)/packages.txt
 	@touch $@
 
 $(VENV)/built: $(VENV)/packages $(SOURCES)
-	@echo "== Set-up 2/2: compiling the C++ engine (about a minute)"
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@echo "== Set-up 3/3: compiling the C++ engine, its kernels for each instruction set at once (a minute on two cores)"
+	$(PIP) --no-build-isolation --no-deps -e .
 	$(BIN)/fastphi doctor
+	@touch $@
+
+$(VENV)/test: $(VENV)/packages
+	@echo "== Set-up: what the tests need beside"
+	@# a torch with CUDA has brought its own Triton
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON)
+	$(BIN)/python tools/requirements.py test > $(VENV)/test.txt
+	$(PIP) -r $(VENV)/test.txt
+	@touch $@
+
+$(VENV)/dev: $(VENV)/packages
+	@echo "== Set-up: linters, mypy, build tools"
+	$(BIN)/python tools/requirements.py dev > $(VENV)/dev.txt
+	$(PIP) -r $(VENV)/dev.txt
+	@touch $@
+
+$(VENV)/bench: $(VENV)/packages
+	$(BIN)/python tools/requirements.py bench > $(VENV)/bench.txt
+	$(PIP) -r $(VENV)/bench.txt
 	@touch $@
 
 demo: setup
 	$(BIN)/python -m fastphi.demo --out $(OUT) $(if $(DATA),--data "$(DATA)") $(if $(TRAIN),--train $(TRAIN))
 
-test: setup
+test: setup $(VENV)/test
 	$(BIN)/python -m pytest -q
 
-check: setup
+check: setup $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$($(C_FILES))
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
-format: setup
+format: setup $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$($(C_FILES))
 
-wheel: setup
+wheel: setup $(VENV)/dev
 	$(BIN)/python -m build --wheel --no-isolation
 
 doctor: setup
 	$(BIN)/fastphi doctor
 
-bench: setup
-	$(BIN)/python tools/requirements.py bench > $(VENV)/bench.txt
-	$(BIN)/python -m pip install -q -r $(VENV)/bench.txt
+bench: setup $(VENV)/bench
 	$(BIN)/python tools/cpu_bench.py $(BENCH)
 
 # The sanitizers' libraries come first in the process; Python's own leaks are not ours. pytest without
 # `python -m`, which would find the usual build in this folder first.
 SANITIZED := out/sanitize
 LIBRARIES  = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
-ISAS      ?= amx avx512_bf16 avx512 avx2 plain
+ISAS      ?= amx avx512 avx2 plain
 
-sanitize: setup
+sanitize: setup $(VENV)/test
 	FASTPHI_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	for isa in $(ISAS); do echo "== $$isa"; FASTPHI_ISA=$$isa PYTHONPATH=$(SANITIZED)/lib \
 	  LD_PRELOAD="$(LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-	  $(BIN)/pytest -q -p no:cacheprovider tests/engine/cpu \
-	  tests/engine/test_ops.py || exit 1; done
+	  $(BIN)/pytest -q -p no:cacheprovider tests/engine/test_ops.py \
+	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_bf16.py tests/engine/cpu/test_winograd.py || exit 1; done
 
 gpu-static: setup
 	$(BIN)/python tools/gpu_static.py --cache "$(CACHE)"

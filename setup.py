@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -69,26 +70,20 @@ AVX512 = [
     "-mprefer-vector-width=512",
 ]
 # gcc 12 takes the undefined operand of its own intrinsics for a mistake
-BF16 = [*AVX512, "-mavx512bf16", "-Wno-maybe-uninitialized"]
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-Wno-maybe-uninitialized"]
 FLAGS_OF = {
-    "csrc/cpu/bf16_amx.cpp": KERNELS + [*BF16, "-mamx-tile", "-mamx-bf16"] * X86,
-    "csrc/cpu/bf16_avx512.cpp": KERNELS + BF16 * X86,
-    "csrc/cpu/kernels_plain.cpp": KERNELS,
-    "csrc/cpu/kernels_avx2.cpp": KERNELS + ["-mavx2", "-mfma"] * X86,
-    "csrc/cpu/kernels_avx512.cpp": KERNELS + AVX512 * X86,
+    "csrc/cpu/bf16/amx.cpp": KERNELS + AMX * X86,
+    "csrc/cpu/isa/plain.cpp": KERNELS,
+    "csrc/cpu/isa/avx2.cpp": KERNELS + ["-mavx2", "-mfma"] * X86,
+    "csrc/cpu/isa/avx512.cpp": KERNELS + AVX512 * X86,
 }
 SOURCES = [
     "csrc/ops.cpp",
     "csrc/cpu/avg_pool.cpp",
-    "csrc/cpu/bf16_launch.cpp",
-    "csrc/cpu/bf16_match.cpp",
-    "csrc/cpu/bf16_unet.cpp",
     "csrc/cpu/combine.cpp",
-    "csrc/cpu/conv.cpp",
     "csrc/cpu/fused_layer.cpp",
     "csrc/cpu/image_layout.cpp",
     "csrc/cpu/interrupt.cpp",
-    "csrc/cpu/isa.cpp",
     "csrc/cpu/match_steps.cpp",
     "csrc/cpu/match_update.cpp",
     "csrc/cpu/noise_normal.cpp",
@@ -97,8 +92,13 @@ SOURCES = [
     "csrc/cpu/spatial_mean.cpp",
     "csrc/cpu/unet_fwd.cpp",
     "csrc/cpu/upsample.cpp",
-    "csrc/cpu/winograd.cpp",
-    "csrc/cpu/winograd_weight.cpp",
+    "csrc/cpu/bf16/launch.cpp",
+    "csrc/cpu/bf16/match.cpp",
+    "csrc/cpu/bf16/unet.cpp",
+    "csrc/cpu/direct/conv.cpp",
+    "csrc/cpu/isa/choice.cpp",
+    "csrc/cpu/winograd/conv.cpp",
+    "csrc/cpu/winograd/weight.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/operators.cpp",
@@ -145,7 +145,7 @@ def with_cuda():
 
 
 class Build(BuildExtension):
-    """torch's build, with flags per file: only some files may use AVX-512."""
+    """torch's build, with flags per file (only some may use AVX-512), the slow files beside the rest."""
 
     def build_extension(self, ext):
         if ext.name != "fastphi._cpu":
@@ -153,14 +153,24 @@ class Build(BuildExtension):
         compile_all = self.compiler.compile
         flags = ext.extra_compile_args["cxx"]
 
-        def compile_in_groups(sources, *args, extra_postargs=None, **kwargs):
-            objects = []
-            plain = [s for s in sources if s not in FLAGS_OF]
-            for group in [plain, *([s] for s in sources if s in FLAGS_OF)]:
-                extra = FLAGS_OF.get(group[0], ["-ffp-contract=off"])
+        def compile_in_groups(sources, output_dir=None, extra_postargs=None, **kwargs):
+            rest = [s for s in sources if s not in FLAGS_OF]
+            groups = {Path(s).stem: [s] for s in FLAGS_OF} | {"": rest}
+
+            def compile_group(name):
+                extra = FLAGS_OF.get(groups[name][0], ["-ffp-contract=off"])
+                # a folder each: it is where ninja keeps what it knows
+                folder = str(Path(output_dir, name))
                 postargs = {"cxx": flags + extra}
-                objects += compile_all(group, *args, extra_postargs=postargs, **kwargs)
-            return objects
+                return compile_all(groups[name], folder, extra_postargs=postargs, **kwargs)
+
+            # without ninja torch's compile is not made for several threads
+            most = int(os.environ.get("MAX_JOBS") or len(groups)) if self.use_ninja else 1
+            at_once = max(1, min(most, len(groups)))
+            print(f"fastphi: compiling {', '.join(filter(None, groups))} and {len(rest)} other files, "
+                  f"{at_once} of these {len(groups)} at once", flush=True)  # fmt: skip
+            with ThreadPoolExecutor(at_once) as pool:
+                return sum(pool.map(compile_group, groups), [])
 
         self.compiler.compile = compile_in_groups
         try:

@@ -1,8 +1,8 @@
 // Every operator of fastphi. Activations are NHWC and dense, (N, H, W, C), with one scalar per
 // image beside them: the true activation is s * r. float32 and float64. What each computes: the
 // file of its name in cpu/, or in cuda/ for those that the GPU has too (cuda/operators.cpp).
-#include "cpu/bf16.h"
-#include "cpu/isa.h"
+#include "cpu/bf16/kernels.h"
+#include "cpu/isa/choice.h"
 #include "operators.h"
 
 #ifndef FASTPHI_BUILD_FLAGS
@@ -34,7 +34,8 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "-> "
       "Tensor");
 
-  // The runner's (fastphi/engine/cpu/runner.py): a whole network in a call, on packed weights, without autograd.
+  // The runner's (fastphi/engine/cpu/runner.py): a whole network in a call, on packed weights,
+  // without autograd.
   m.def("pack_conv_weights(Tensor weight, int own, bool transposed) -> Tensor");
   m.def("pack_upsample_weights(Tensor weight) -> Tensor");
   m.def("in_large_pages(Tensor x) -> Tensor");
@@ -91,7 +92,7 @@ namespace {
 // JSON: what was compiled and what runs.
 std::string build_info() {
   return "{\"isa\": \"" + isa_in_use() + "\", \"isas compiled\": \"" + isas_compiled() +
-         "\", \"bf16\": " + (bf16_kernels() ? "true" : "false") +
+         "\", \"amx\": " + (bf16_kernels() ? "true" : "false") +
          ", \"compiler\": \"" __VERSION__ "\", \"torch target\": \"" +
          std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
          std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff) +

@@ -13,8 +13,8 @@ struct Bf16 {
   uint16_t bits;
 };
 
-// A byte is a level of 255, x / 255.0f as fastphi/data/images.py computes it, without the division: 1/255
-// in two parts, one rounding at the end. Exact for each of the 256 (they are all tested). A
+// A byte is a level of 255, x / 255.0f as fastphi/data/images.py computes it, without the division:
+// 1/255 in two parts, one rounding at the end. Exact for each of the 256 (they are all tested). A
 // division is 18 instructions on a GPU, and a call where the byte is 0.
 FASTPHI_INLINE float to_float(uint8_t x) {
   constexpr float HIGH = 0x1.010102p-8f, LOW = -0x1.fdfdfep-33f;

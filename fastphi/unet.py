@@ -117,7 +117,8 @@ class UNet(nn.Module):
         for _, h in self._blocks(ops, x):  # noqa: B007 (the last one is the image)
             pass
         out = ops.to_image(h)
-        return x - out if self.config.residual else out
+        out = x - out if self.config.residual else out
+        return out.to(x.dtype) if x.dtype == torch.bfloat16 else out  # computed in float32 by some
 
     def walk_means(self, ops: engine.Ops, x: Tensor, until: str | None) -> dict[str, Tensor]:
         """ā of each block up to and including `until`: {name: (N, C)}."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+import os
 
-from fastphi import engine
-from fastphi.config import UNetConfig
-from fastphi.unet import UNet
+# Before torch: threads that wait sleep. Spinning, they take the cores from each other for as long as
+# anything else runs on them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from fastphi import engine  # noqa: E402
+from fastphi.config import UNetConfig  # noqa: E402
+from fastphi.unet import UNet  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 // 2x2 average pooling, stride 2: out[n, y, x, c] = mean of r[n, 2y+i, 2x+j, c]; its gradient is
 // d_out/4. Two streams: (1 + 1/4) * pixels * C values read and written.
 #include "../operators.h"
-#include "conv.h"
+#include "direct/conv.h"
 #include "launch.h"
 
 namespace fastphi {

@@ -9,9 +9,9 @@
 //   m d_r_out
 //   z
 #include "../operators.h"
-#include "conv.h"
+#include "direct/conv.h"
 #include "launch.h"
-#include "winograd.h"
+#include "winograd/conv.h"
 
 namespace fastphi {
 

@@ -1,4 +1,4 @@
-// What the kernels are asked to do. The kernel bodies (kernels_body.h) are compiled once per
+// What the kernels are asked to do. The kernel bodies (isa/body.h) are compiled once per
 // instruction set and reached through one table of function pointers per element type, so this
 // header includes nothing that could emit code: an inline function compiled for AVX-512 must never
 // be the copy that the linker keeps for everyone.
@@ -18,7 +18,7 @@ template <class T>
 struct Source {
   const T* r;       // (N, H, W, channels)
   const T* scale;   // (N,) or null for 1
-  const T* packed;  // see conv.h
+  const T* packed;  // see direct/conv.h
   i64 channels;
   // Winograd's alone, of one source: r is the z that r was to be made of, ReLU(gamma z)
   bool raw;
@@ -180,7 +180,7 @@ struct WinogradPart {
   float* m;  // tiles * 36 numbers per output channel
 };
 
-// The steps of a Winograd convolution, float alone (winograd_kernel.h, winograd_weight.h).
+// The steps of a Winograd convolution, float alone (winograd/kernel.h, winograd/weight.h).
 struct WinogradKernels {
   void (*pack)(const float* weight, i64 outputs, i64 channels, const WeightStrides&, i64 begin,
                i64 end, float* packed);
@@ -200,7 +200,7 @@ static inline i64 scratch_size(const Kernels<T>& k, i64 w, i64 channels) {
 }
 
 template <class T>
-const Kernels<T>& kernels();  // of the instruction set in use (isa.cpp)
+const Kernels<T>& kernels();  // of the instruction set in use (isa/choice.cpp)
 const WinogradKernels& winograd_kernels();
 
 }  // namespace fastphi

@@ -7,7 +7,7 @@
 #include "../operators.h"
 #include "match_loop.h"
 #include "network.h"
-#include "winograd.h"
+#include "winograd/conv.h"
 
 namespace fastphi {
 

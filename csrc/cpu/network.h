@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../common.h"
-#include "conv.h"
+#include "direct/conv.h"
 #include "launch.h"
 
 namespace fastphi {

@@ -1,10 +1,10 @@
-// Weights in the order in which the kernels read them, Winograd's transformed (conv.h): done once
-// per model by the runner, and again where their stamp says that they have changed.
+// Weights in the order in which the kernels read them, Winograd's transformed (direct/conv.h): done
+// once per model by the runner, and again where their stamp says that they have changed.
 #include <algorithm>
 #include <cstring>
 
 #include "../operators.h"
-#include "conv.h"
+#include "direct/conv.h"
 #include "launch.h"
 
 namespace fastphi {

@@ -2,7 +2,7 @@
 // A row is summed in the tensor's dtype, rows in double and in order: accurate at 512x512, and the
 // same however the rows are shared among threads. One stream of pixels * C values.
 #include "../operators.h"
-#include "conv.h"
+#include "direct/conv.h"
 #include "launch.h"
 
 namespace fastphi {

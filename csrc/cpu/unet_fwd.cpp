@@ -4,7 +4,7 @@
 // the default network 8.23 GFLOP to the image, 1.98 GFLOP to the middle block.
 #include "../operators.h"
 #include "network.h"
-#include "winograd.h"
+#include "winograd/conv.h"
 
 namespace fastphi {
 

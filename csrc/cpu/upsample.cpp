@@ -4,7 +4,7 @@
 // Each output pixel has one product of length Cin: 8*Cin*Cout FLOPs per input pixel. The gradients
 // are d_r = sum_{i,j,co} d_out W and d_W = sum over pixels of r * d_out.
 #include "../operators.h"
-#include "conv.h"
+#include "direct/conv.h"
 #include "launch.h"
 
 namespace fastphi {

@@ -63,6 +63,8 @@ def text(found: dict[str, Any]) -> str:
     for row in found["engines"]:
         lines.append(f"  {row['device']:<5} {row['dtype']:<9} -> {row['engine']}")
         lines += [f"  {'':<18}not {name}: {reason}" for name, reason in row["refused"].items()]
+        if row["remark"]:
+            lines.append(f"  {'':<18}{row['remark']}")
         if row["with gradient"] != row["engine"]:
             lines.append(f"  {'':<18}with a gradient -> {row['with gradient']}")
             refused = row["with gradient refused"].items()
@@ -74,13 +76,15 @@ def _engines(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for dtype in _DTYPES:
         (runner, refused), (ops, ops_refused) = (_serving(device, dtype, g) for g in (False, True))
+        remark = runner.remark(UNetConfig(), dtype)
         rows.append(
             {
                 "device": device.type,
                 "dtype": str(dtype).removeprefix("torch."),
-                "engine": runner,
+                "engine": _name(runner),
                 "refused": refused,
-                "with gradient": ops,
+                "remark": remark,
+                "with gradient": _name(ops),
                 "with gradient refused": ops_refused,
             }
         )
@@ -89,7 +93,7 @@ def _engines(device: torch.device) -> list[dict[str, Any]]:
 
 def _serving(
     device: torch.device, dtype: torch.dtype, gradient: bool
-) -> tuple[str, dict[str, str]]:
+) -> tuple[engine.Engine, dict[str, str]]:
     """The engine of the default network, and why those before it cannot serve."""
     refused: dict[str, str] = {}
     for candidate in (e for e in engine.ENGINES if e.made_for(device)):
@@ -97,7 +101,11 @@ def _serving(
         if reason is None:
             break
         refused[candidate.name] = reason
-    return f"{candidate.name} ({candidate.what})", refused
+    return candidate, refused
+
+
+def _name(engine: engine.Engine) -> str:
+    return f"{engine.name} ({engine.what})"
 
 
 def _devices() -> list[torch.device]:

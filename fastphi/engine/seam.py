@@ -3,8 +3,8 @@
 A new engine supplies two things and a reason to refuse:
   ops      per layer, differentiable: for training and for users' own code;
   runner   a prepared model: a whole encoder, network or match in one call, no autograd;
-  refuses  why it cannot serve a configuration, device or dtype (None where it can); and, where its ops
-           cannot serve all that its runner can, ops_refuse.
+  refuses  why it cannot serve a configuration, device or dtype (None where it can); where its ops
+           cannot serve all that its runner can, ops_refuse; where it serves a dtype by another, remark.
 Everything above this file is the same for all engines.
 """
 
@@ -78,6 +78,7 @@ class Engine:
     runner: Callable[[Network], Runner]
     refuses: Callable[[UNetConfig, torch.device, torch.dtype], str | None]
     ops_refuse: Callable[[torch.dtype], str | None] = lambda dtype: None
+    remark: Callable[[UNetConfig, torch.dtype], str | None] = lambda config, dtype: None
 
     def reason(
         self, config: UNetConfig, device: torch.device, dtype: torch.dtype, gradient: bool = False
@@ -108,6 +109,7 @@ ENGINES = (
         cpu.CPURunner,
         cpu.refuses,
         cpu.ops_refuse,
+        cpu.remark,
     ),
     Engine(
         "reference",
@@ -166,6 +168,8 @@ def pick(model: Network, x: Tensor, gradient: bool = False) -> Engine:
             continue
         reason = engine.reason(model.config, x.device, dtype, gradient)
         if reason is None:
+            if (remark := engine.remark(model.config, dtype)) is not None:
+                reasons.append(remark)
             if reasons and not torch.compiler.is_compiling():
                 _tell_once(f"the {engine.name} engine runs: {'; '.join(reasons)}")
             return engine

@@ -6,8 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_analysis_models import Planted
-from test_analysis_properties import structureless
+from analysis_case import Planted, structureless
 
 from fastphi.analysis.channels import channels, kurtosis, tuning
 from fastphi.analysis.clusters import clusters, separations

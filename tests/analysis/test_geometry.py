@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_analysis_properties import drawable_and_plain, structureless
+from analysis_case import drawable_and_plain, structureless
 
 from fastphi.analysis.clusters import agreement, clusters, kmeans, purity, separations
 from fastphi.analysis.embedding import embedding

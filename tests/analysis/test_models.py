@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_analysis_properties import drawable_and_plain, structureless
+from analysis_case import Planted, drawable_and_plain, structureless
 
-import fastphi
 from fastphi.analysis.channels import (
     channels,
     gratings,
@@ -38,23 +37,6 @@ def test_kurtosis_of_known_samples():
     x = np.stack([rng.normal(size=20000), rng.laplace(size=20000), np.ones(20000)], axis=1)
     found = kurtosis(x)
     assert abs(found[0]) < 0.1 and found[1] == pytest.approx(3, abs=0.5) and np.isnan(found[2])
-
-
-class Planted:
-    """Stands for a network whose middle block's maps and means are given."""
-
-    def __init__(self, maps=None, means=None):
-        self.maps, self.means = maps, means
-        self.config = fastphi.UNetConfig(channels=(2, 2))
-
-    def parameters(self):
-        yield torch.zeros(1, dtype=torch.float64)
-
-    def block_maps(self, x, block):
-        return self.maps(x)
-
-    def block_means(self, x, until):
-        return {until: self.means(x)}
 
 
 def test_map_statistics_of_planted_maps():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
+from analysis_case import drawable_and_plain, structureless
 
 import fastphi
 from fastphi.analysis.common import blocks_of, exceeds, gaussian_like, plain, principal, untrained
@@ -15,19 +14,6 @@ from fastphi.analysis.neighbours import label_agreement, nearest
 from fastphi.analysis.selectivity import exciting, selectivity, top_channels
 from fastphi.analysis.sparsity import block_inputs, sparsity
 from fastphi.analysis.stability import stability
-
-
-def structureless(n=400, d=24, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) * 0.2 + 1.0
-
-
-def drawable_and_plain(result):
-    """Every result draws on its own axes and is JSON without NaN."""
-    assert result.plot().figure is not None
-    json.dumps(result.numbers(), allow_nan=False)
-    return result
-
 
 # --- controls -------------------------------------------------------------------------------------
 

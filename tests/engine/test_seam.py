@@ -117,14 +117,17 @@ def test_a_gradient_needs_ops_and_nothing_else_does(make_model, x, monkeypatch):
 
 
 def test_autocast_is_followed_in_low_precision(make_model, x):
-    """In bfloat16 with float32 statistics, by whichever engine can; with a gradient by the reference."""
+    """Where something is faster in it: there with float32 statistics, and a gradient by the reference."""
     model = make_model()
+    cpu = next(e for e in engine.ENGINES if e.name == "cpu")
+    widened = cpu.remark(model.config, torch.bfloat16) is not None
     with torch.no_grad():
         expected = model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert engine.pick(model, x, gradient=True).name == "reference"
+            serving = engine.pick(model, x, gradient=True).name
             found = model(x)
-    assert not torch.equal(found, expected)
+    assert serving == ("cpu" if widened else "reference")
+    assert torch.equal(found, expected) == widened
     difference = (found.float() - expected).abs().max() / expected.abs().max()
     assert difference < 0.1  # eight bits of mantissa through a dozen layers
 

@@ -204,7 +204,7 @@ def test_psnr_is_the_mean_of_each_images_own():
 def test_bf16_follows_float32(tmp_path):
     """The same first loss to bf16's 3 digits; parameters stay float32."""
     for amp in ("off", "bf16"):
-        model = train(tmp_path / amp, amp=amp, max_steps=2)
+        model = train(tmp_path / amp, amp=amp, max_steps=2, backend="reference")
         assert all(p.dtype == torch.float32 for p in model.parameters())
     a, b = (log_of(tmp_path / amp)[0]["loss"] for amp in ("off", "bf16"))
     assert a != b and a == pytest.approx(b, rel=0.01)
@@ -533,7 +533,8 @@ def test_tensorboard_needs_its_package(tmp_path, monkeypatch):
 
 def test_an_engine_that_cannot_serve_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="'cpu' was asked for but cannot serve"):
-        Trainer(config(tmp_path, backend="cpu", amp="bf16"), images())
+        network = UNetConfig(channels=(4, 6), norm="layer")
+        Trainer(config(tmp_path, backend="cpu", model=network), images())
 
 
 # --- the thread that draws the batches ---

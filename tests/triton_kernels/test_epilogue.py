@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fused_layer import Case, Inputs, Outputs, check_outputs, make
+from layer_case import Case, Inputs, Outputs, check_outputs, make
 from triton_case import DEVICE, each_dtype, need_kernels, nhwc, poisoned, random
 
 need_kernels()

@@ -24,10 +24,7 @@ def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str
         return reason
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    if dtype == torch.bfloat16:
-        if (reason := _refuses_bf16(config)) is not None:
-            return reason
-    elif dtype not in (torch.float32, torch.float64):
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return f"it computes in float32, float64 and bfloat16, not in {_name(dtype)}"
     if config.norm != "std":
         return f"norm {config.norm!r} subtracts a mean inside the ReLU, which cannot be deferred"
@@ -36,21 +33,28 @@ def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str
 
 def ops_refuse(dtype: torch.dtype) -> str | None:
     """Why the differentiable ops cannot serve what the engine does not refuse, or None."""
-    if dtype in (torch.float32, torch.float64):
+    if dtype == torch.bfloat16 and _build()["amx"]:
+        return "where a gradient is needed PyTorch's own bfloat16 serves, on this processor's AMX"
+    return None
+
+
+def remark(config: UNetConfig, dtype: torch.dtype) -> str | None:
+    """What is to be said of how the engine serves a dtype, or None."""
+    if dtype != torch.bfloat16 or (reason := _no_tiles(config)) is None:
         return None
-    return f"where a gradient is needed it computes in float32 and float64, not in {_name(dtype)}"
+    return (
+        f"bfloat16 is computed in float32, which is faster here and more exact, and the result rounded "
+        f"({reason})"
+    )
 
 
-def _refuses_bf16(config: UNetConfig) -> str | None:
-    build = _build()
-    if not build["bf16"]:
-        return (
-            f"bfloat16 needs AVX512_BF16 or AMX, and instruction set {build['isa']} is what this "
-            "processor, or FASTPHI_ISA, leaves it"
-        )
+def _no_tiles(config: UNetConfig) -> str | None:
+    """Why AMX, the only unit that is faster in bfloat16 than the others in float32, cannot be used."""
+    if not (build := _build())["amx"]:
+        return f"instruction set {build['isa']} has no AMX"
     most, channels = bf16.IMAGE_CHANNELS, config.image_channels
     if channels > most:
-        return f"in bfloat16 images have at most {most} channels, not {channels}"
+        return f"AMX takes images of at most {most} channels, not {channels}"
     return None
 
 
@@ -71,9 +75,13 @@ class Deferred(NamedTuple):
 
 
 class CPUOps:
-    """The ops of the seam (`fastphi.engine.Ops`) on deferred activations."""
+    """The ops of the seam (`fastphi.engine.Ops`) on deferred activations.
+
+    What comes in bfloat16 is widened to float32, and stays so.
+    """
 
     def from_image(self, x: Tensor) -> Deferred:
+        x = _wide(x)
         return Deferred(x.permute(0, 2, 3, 1).contiguous(), x.new_ones(len(x)))
 
     def to_image(self, h: Deferred) -> Tensor:
@@ -90,12 +98,13 @@ class CPUOps:
         skip: Deferred | None = None,
     ) -> Deferred:
         r2, s2 = (None, None) if skip is None else skip
+        weight, bias, gamma = _wide(weight), _wide(bias), _wide(gamma)
         return Deferred(
             *ops.fused_layer(h.r, h.s, weight, bias, gamma, eps, relu=relu, r2=r2, s2=s2)
         )
 
     def upsample(self, h: Deferred, weight: Tensor, bias: Tensor | None) -> Deferred:
-        r = ops.upsample(h.r, weight)
+        r, bias = ops.upsample(h.r, _wide(weight)), _wide(bias)
         if bias is None:
             return Deferred(r, h.s)
         # A bias does not commute with the scalar: the deferral ends here.
@@ -108,10 +117,15 @@ class CPUOps:
         return h.s[:, None] * ops.spatial_mean(h.r)
 
 
+def _wide(t: Any) -> Any:
+    return t.float() if t is not None and t.dtype == torch.bfloat16 else t
+
+
 class CPURunner:
     """The runner of the seam (`fastphi.engine.Runner`): a whole network, or match, per call.
 
-    Weights are packed when first needed and again when a parameter has changed.
+    Weights are packed when first needed and again when a parameter has changed. bfloat16 is computed
+    by AMX (`low`), or else in float32; images, means and losses are float32 in both.
     """
 
     def __init__(self, model: Network) -> None:
@@ -138,17 +152,17 @@ class CPURunner:
     def match(
         self, x: Tensor, target: Tensor, weight: Tensor, lr: float, max_iter: int, tolerance: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        low, dtype = ops.compute_dtype(x) == torch.bfloat16, x.dtype
-        x = x.detach().clone(memory_format=torch.contiguous_format)
-        if low:  # images and losses stay float32 till the end
-            x, target, weight = x.float(), target.float(), weight.float()
+        low, kind, dtype = self._low(x), self._kind(x), x.dtype
+        # images and losses stay in `kind` till the end
+        x, target, weight = x.detach().to(kind, copy=True), target.to(kind), weight.to(kind)
+        x = x.contiguous()
         run = torch.ops.fastphi.match_steps_bf16 if low else torch.ops.fastphi.match_steps
         m, v = torch.zeros_like(x), torch.zeros_like(x)
         losses = x.new_full((max_iter + 1, len(x)), torch.nan)
         updates = torch.zeros(len(x), dtype=torch.int64)
         active = torch.ones(len(x), dtype=torch.bool)
-        channels, enc_layers, mid_layers, _, eps, packed = self._network(decoder=False, low=low)
-        transposed = self._parameters("transposed", low)
+        channels, enc_layers, mid_layers, _, eps, packed = self._network(False, kind, low)
+        transposed = self._parameters("transposed", kind, low)
         start = 0
         while start <= max_iter:  # once; again where Ctrl-C came and Python's handler let it go on
             start = run(
@@ -178,25 +192,34 @@ class CPURunner:
         return x.to(dtype), losses, updates, converged
 
     def _forward(self, x: Tensor, blocks: int, decoder: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """unet_fwd's input, image and means, in the dtype to compute in; bfloat16 has float32 for them."""
-        low = ops.compute_dtype(x) == torch.bfloat16
+        """unet_fwd's input, image and means, of dtype `_kind`."""
+        low, kind = self._low(x), self._kind(x)
         run = torch.ops.fastphi.unet_fwd_bf16 if low else torch.ops.fastphi.unet_fwd
-        x = (x.detach().float() if low else x.detach()).contiguous()
-        return x, *run(x, *self._network(decoder, low), blocks)
+        x = x.detach().to(kind).contiguous()
+        return x, *run(x, *self._network(decoder, kind, low), blocks)
 
-    def _network(self, decoder: bool, low: bool = False) -> tuple[Any, ...]:
+    def _low(self, x: Tensor) -> bool:
+        """Whether AMX computes."""
+        return ops.compute_dtype(x) == torch.bfloat16 and _no_tiles(self.model.config) is None
+
+    def _kind(self, x: Tensor) -> torch.dtype:
+        """Of images and means: float32 for bfloat16, whoever computes."""
+        dtype = ops.compute_dtype(x)
+        return torch.float32 if dtype == torch.bfloat16 else dtype
+
+    def _network(self, decoder: bool, kind: torch.dtype, low: bool = False) -> tuple[Any, ...]:
         """What unet_fwd wants to know of the model: sizes, and parameters in network order."""
         config = self.model.config
         parts = ("encoder", "decoder") if decoder else ("encoder",)
-        packed = [tensor for part in parts for tensor in self._parameters(part, low)]
+        packed = [tensor for part in parts for tensor in self._parameters(part, kind, low)]
         dec_layers = config.dec_layers if decoder else ()
         sizes = (config.channels, config.enc_layers, config.mid_layers, dec_layers)
         return (*sizes, config.eps, packed)
 
-    def _parameters(self, part: str, low: bool = False) -> list[Tensor]:
-        """Packed parameters of "encoder" (with the middle block), "decoder", or "transposed".
+    def _parameters(self, part: str, kind: torch.dtype, low: bool = False) -> list[Tensor]:
+        """Packed parameters of "encoder" (with the middle block), "decoder", or "transposed", in `kind`.
 
-        Three tensors per convolution: weights, bias, gamma; empty for none. low: for bfloat16.
+        Three tensors per convolution: weights, bias, gamma; empty for none. low: the weights for AMX.
         """
         blocks = range(1, self.model.config.blocks + 1)
         if part == "decoder":
@@ -206,9 +229,10 @@ class CPURunner:
         mine = {n: p for name in names for n, p in _named(name, getattr(self.model, name))}
         stamp = torch.ops.fastphi.weights_stamp(list(mine.values()))
         key = (stamp, *((p.data_ptr(), _version(p), p.dtype) for p in mine.values()))
-        name = f"{part} bf16" if low else part
+        name = f"{part} AMX" if low else f"{part} {_name(kind)}"
         if name not in self._packed or self._packed[name][0] != key:
             pack = self._pack_low if low else self._pack
+            mine = {n: p.detach() if low else p.detach().to(kind) for n, p in mine.items()}
             self._packed[name] = (key, pack(mine, transposed=part == "transposed"))
         return self._packed[name][1]
 

@@ -193,7 +193,7 @@ def test_match_after_a_change_of_weights(make_model):
 
 def test_the_operators_name_what_does_not_fit(make_model):
     model = make_model(backend="cpu")
-    network = engine.runner(model, torch.zeros(1, 3, 8, 8))._network(decoder=True)
+    network = engine.runner(model, torch.zeros(1, 3, 8, 8))._network(True, torch.float32)
     unet_fwd = torch.ops.fastphi.unet_fwd
     with pytest.raises(RuntimeError, match="x: height and width must be multiples of 4"):
         unet_fwd(torch.zeros(1, 3, 8, 6), *network, 0)

@@ -57,7 +57,7 @@ def first_moment(model, x, target):
     config, n = model.config, len(x)
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     weight = torch.full((config.channels[-1],), 1 / config.channels[-1], dtype=x.dtype)
-    channels, enc_layers, mid_layers, _, eps, packed = runner._network(decoder=False)
+    channels, enc_layers, mid_layers, _, eps, packed = runner._network(False, torch.float32)
     torch.ops.fastphi.match_steps(
         x.clone(),
         m,
@@ -72,7 +72,7 @@ def first_moment(model, x, target):
         mid_layers,
         eps,
         packed,
-        runner._parameters("transposed"),
+        runner._parameters("transposed", torch.float32),
         0.01,
         0.0,
         0,
