@@ -1,7 +1,8 @@
 """φ of many images: E_z[ā(x + σz)] by image, noise level and block (§2.2), out of core.
 
 Every number is a function of (model, image, its index in the data set, σ, draws, seed): batch size,
-order, processes and interruptions do not change a bit of it.
+order, processes and interruptions do not change a bit of it. Nor do threads, but where plain PyTorch
+serves (`backend="reference"`, or no engine can): its library shares out a sum among them.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def extract(
         then needs the usual `if __name__ == "__main__":`); its threads are divided among them.
     indices: only these images, one row each, in this order; default: all.
     dtype: to compute in: the model's own (default), or torch.bfloat16, what GPUs (and CPUs with
-        AMX) are fast in; with AVX512_BF16 alone float32 is faster. φ is float32 all the same.
+        AMX) are fast in; on other CPUs float32 serves. φ is float32 all the same.
 
     Raises ValueError or TypeError before any work for bad input, or a store in `out` that is of
     another model, data set or setting; FloatingPointError where φ has NaN or Inf.

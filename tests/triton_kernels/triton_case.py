@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -40,13 +41,34 @@ def interpreter_skip_reason() -> str | None:
     if (reason := skip_reason()) is not None:
         return reason
     if torch.cuda.is_available():
-        return "a GPU is there: test_triton_*.py run on it themselves"
+        return "a GPU is there: the kernels' tests run on it themselves"
     old = _version("triton") < (3, 9) and _version("numpy") >= (2, 4)
     return "the interpreter of Triton before 3.9 needs numpy before 2.4" if old else None
 
 
+def _add_products_in_order() -> None:
+    """The interpreter leaves products to NumPy and so to a BLAS, whose bits depend on the processor and
+    on where in its tile a row lies. A GPU's do not, and tests ask for it: here they are added in order, in
+    float64, and rounded once."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *precision):
+        for operand in (a, b):  # bfloat16 is there as its bits: a kernel widens it before
+            assert np.issubdtype(operand.data.dtype, np.floating), operand.dtype
+        total = d.data.astype(np.float64)
+        for k in range(a.data.shape[-1]):
+            total += a.data[..., k, None].astype(np.float64) * b.data[..., k, None, :]
+        return TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
 def _version(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+
+if INTERPRETED and skip_reason() is None:
+    _add_products_in_order()
 
 
 def need_kernels() -> None:
