@@ -147,6 +147,11 @@ def with_cuda():
 class Build(BuildExtension):
     """torch's build, with flags per file (only some may use AVX-512), the slow files beside the rest."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        if self.editable_mode:  # an interrupted or repeated build finds what was compiled
+            self.build_temp = "build/editable"
+
     def build_extension(self, ext):
         if ext.name != "fastphi._cpu":
             return super().build_extension(ext)
