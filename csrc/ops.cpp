@@ -1,7 +1,6 @@
 // Every operator of fastphi. Activations are NHWC and dense, (N, H, W, C), with one scalar per
 // image beside them: the true activation is s * r. float32 and float64. What each computes: the
 // file of its name in cpu/, or in cuda/ for those that the GPU has too (cuda/operators.cpp).
-#include "cpu/bf16/kernels.h"
 #include "cpu/isa/choice.h"
 #include "operators.h"
 
@@ -92,8 +91,7 @@ namespace {
 // JSON: what was compiled and what runs.
 std::string build_info() {
   return "{\"isa\": \"" + isa_in_use() + "\", \"isas compiled\": \"" + isas_compiled() +
-         "\", \"amx\": " + (bf16_kernels() ? "true" : "false") +
-         ", \"compiler\": \"" __VERSION__ "\", \"torch target\": \"" +
+         "\", \"compiler\": \"" __VERSION__ "\", \"torch target\": \"" +
          std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
          std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff) +
          "\", \"flags\": \"" FASTPHI_BUILD_FLAGS "\"}";

@@ -345,6 +345,18 @@ def test_compiles_as_one_graph(make_model, backend, x, call):
         torch.testing.assert_close(compiled(x), plain(x), rtol=1e-5, atol=1e-6)
 
 
+def test_compiles_as_one_graph_in_bfloat16(make_model, x):
+    model = make_model(enc_layers=1, mid_layers=1, dec_layers=2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = compiled(x), model(x)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    low = model.bfloat16()
+    with torch.no_grad():
+        found = torch.compile(low, fullgraph=True, backend="aot_eager")(x.bfloat16())
+        torch.testing.assert_close(found, low(x.bfloat16()), rtol=2e-2, atol=2e-2)
+
+
 def test_exports(make_model, backend, x):
     model = make_model(backend=backend, enc_layers=1, mid_layers=1, dec_layers=2)
     program = torch.export.export(model, (x,))

@@ -109,7 +109,7 @@ def extract(
         workers: processes; the result does not depend on them.
         device: cpu or cuda.
         dtype: to compute in: auto is the model's own; bfloat16 is what GPUs, and CPUs with AMX, are
-            fast in; with AVX512_BF16 alone float32 is faster.
+            fast in; other CPUs compute it in float32.
         backend: the engine; auto takes the fastest that can serve.
     """
     import torch

@@ -210,6 +210,22 @@ def test_bf16_follows_float32(tmp_path):
     assert a != b and a == pytest.approx(b, rel=0.01)
 
 
+def test_automatic_precision_on_a_cpu(tmp_path, monkeypatch):
+    """bf16 only by torch.compile on AMX, or on the PyTorch path where hardware multiplies it."""
+
+    def chosen(**changes):
+        return config(tmp_path, amp="auto", **changes).mixed_precision(torch.device("cpu"))
+
+    for isa, hardware in (("amx", True), ("avx512", True), ("avx2", False)):
+        monkeypatch.setattr("fastphi.engine.cpu.runner._isa", lambda isa=isa: isa)
+        monkeypatch.setattr("fastphi.train.config._fast_bf16", lambda hardware=hardware: hardware)
+        assert (
+            not chosen() and not chosen(backend="cpu") and not chosen(backend="cpu", compile=True)
+        )
+        assert chosen(compile=True) == (isa == "amx")
+        assert chosen(backend="reference") == hardware
+
+
 def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
     """Traced, but not code-generated, which takes a minute and a C++ compiler."""
     traced = functools.partial(torch.compile, backend="aot_eager")

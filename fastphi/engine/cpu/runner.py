@@ -33,7 +33,7 @@ def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str
 
 def ops_refuse(dtype: torch.dtype) -> str | None:
     """Why the differentiable ops cannot serve what the engine does not refuse, or None."""
-    if dtype == torch.bfloat16 and _build()["amx"]:
+    if dtype == torch.bfloat16 and _isa() == "amx":
         return "where a gradient is needed PyTorch's own bfloat16 serves, on this processor's AMX"
     return None
 
@@ -50,16 +50,21 @@ def remark(config: UNetConfig, dtype: torch.dtype) -> str | None:
 
 def _no_tiles(config: UNetConfig) -> str | None:
     """Why AMX, the only unit that is faster in bfloat16 than the others in float32, cannot be used."""
-    if not (build := _build())["amx"]:
-        return f"instruction set {build['isa']} has no AMX"
+    if (isa := _isa()) != "amx":
+        return f"instruction set {isa} has no AMX"
     most, channels = bf16.IMAGE_CHANNELS, config.image_channels
     if channels > most:
         return f"AMX takes images of at most {most} channels, not {channels}"
     return None
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace what returns text
+def _isa() -> str:
+    return _build_info()["isa"]
+
+
 @cache
-def _build() -> dict[str, Any]:
+def _build_info() -> dict[str, Any]:
     return json.loads(torch.ops.fastphi.build_info())
 
 
