@@ -77,5 +77,5 @@ def test_import_needs_torch_and_numpy_alone():
 
 def test_every_module_says_what_it_is_for():
     folder = Path(fastphi.__file__).parent
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip(), path

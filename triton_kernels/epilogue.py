@@ -9,7 +9,7 @@ Layouts: c, c2 (N, H, W, Cout), dense, the convolutions of each source; the rest
 Tiling: a box of pixels by block_n channels, as there; one step, bound by memory.
 
 To move, per image, bf16: 2·H·W·Cout·(1 or 2, and 1) bytes; 64 channels @64×64: 1.05 MB, 0.24 µs on an
-H200 (4.3 TB/s), which the fused layer does not pay. Used only for layers of `gpu_library.py`.
+H200 (4.3 TB/s), which the fused layer does not pay. Used only for layers of `engine/gpu/library.json`.
 Measured distance to that bound: not yet run on a GPU.
 """
 

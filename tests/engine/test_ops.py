@@ -510,7 +510,7 @@ def test_runner_bits_do_not_depend_on_the_place_in_the_batch(runner):
 
 @pytest.mark.parametrize("name", ["enc1.0.weight", "mid.2.gamma", "up1.weight", "dec2.0.weight"])
 def test_runner_repacks_what_changed_in_place(make_model, name):
-    """Every part it packs, those of the gradient too (match). The other changes: test_engine.py."""
+    """Every part it packs, those of the gradient too (match). The other changes: test_seam.py."""
     model = make_model(backend="cpu", dtype=torch.float64)
     x = random(61, 2, 3, 8, 8)
     plain_runner = reference.ReferenceRunner(model)

@@ -1,4 +1,4 @@
-"""The first layer, the last one and the up-sampling under autograd on a GPU. The seam is gpu_ops.py."""
+"""The first layer, the last and the up-sampling under autograd on a GPU; its Ops are those of ops.py."""
 
 from __future__ import annotations
 

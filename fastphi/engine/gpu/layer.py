@@ -1,5 +1,5 @@
 """The fused layer with norm under autograd on a GPU, forward and backward, and what the other ops of the
-GPU engine (gpu_ends.py) share with it. The seam is gpu_ops.py.
+GPU engine (ends.py) share with it. The seam is ops.py.
 
 The input's gradient is `conv_bwd`'s, the weights' the library's (cuDNN), from d_z with the input's
 scalar folded in: so neither needs a pass over the activations for it.

@@ -4,7 +4,7 @@ Each is a torch.library op, forward and backward, so they live under torch.compi
 Activations are (N, H, W, C) in the dtype to compute in (autocast's, where it is on), scalars and
 statistics float32, parameters whatever the model holds (float32 master weights), packed anew at every
 call, which is one launch for a convolution (triton_kernels/pack_taps.py). The ops themselves:
-gpu_layer.py, gpu_ends.py.
+layer.py, ends.py.
 """
 
 from __future__ import annotations
