@@ -4,7 +4,7 @@ updated until the slowest has converged).
 
 Peers run the paper's network on random weights, equally many updates. How many a match takes is for
 trained weights to say: to 1 % it is timed on the network that comes with fastphi, in both forms of the
-loop (fastphi/engine/gpu/loop.json), and beside it the spread of updates. More: benchmarks/guidance_spread.py.
+loop (engine/gpu/loop.json), and beside it the spread of updates. More: benchmarks/guidance_spread.py.
 """
 
 from __future__ import annotations
