@@ -73,9 +73,6 @@ def _drawn(
 ) -> Iterator[dict[str, Tensor]]:
     """ā of every image, by draw."""
     x = x.to(next(job.model.parameters()).dtype)
-    # An engine's bits are those of an image alone; of PyTorch's convolutions nobody says so, and on a
-    # CPU one image at a time costs them nothing.
-    apart = x.device.type == "cpu" and engine.pick(job.model, x).name == "reference"
     for d in range(draws):
         noisy = x
         if sigma > 0:
@@ -84,11 +81,7 @@ def _drawn(
                 job.seed, ids, stream, draw, job.images.shape, device=x.device, dtype=x.dtype
             )
             noisy = x + sigma * z
-        parts = [
-            job.model.block_means(part, until=job.blocks[-1])
-            for part in noisy.split(1 if apart else len(noisy))
-        ]
-        yield {block: torch.cat([part[block] for part in parts]) for block in job.blocks}
+        yield job.model.block_means(noisy, until=job.blocks[-1])
 
 
 def _drawn_on_device(

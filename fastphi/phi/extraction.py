@@ -2,8 +2,7 @@
 
 Every number is a function of (model, image, its index in the data set, σ, draws, seed): batch size,
 order, processes and interruptions do not change a bit of it. Nor do threads, but where plain PyTorch
-serves (`backend="reference"`, or no engine can): its library shares out a sum among them, and on a
-GPU may do so by batch too.
+serves (`backend="reference"`, or no engine can): its library shares out a sum among them.
 """
 
 from __future__ import annotations
