@@ -83,6 +83,7 @@ SOURCES = [
     "csrc/cpu/combine.cpp",
     "csrc/cpu/fused_layer.cpp",
     "csrc/cpu/image_layout.cpp",
+    "csrc/cpu/inspect.cpp",
     "csrc/cpu/interrupt.cpp",
     "csrc/cpu/match_steps.cpp",
     "csrc/cpu/match_update.cpp",

@@ -39,6 +39,7 @@ inline void check(const Tensor& t, const char* name, Device device, const Tensor
   STD_TORCH_CHECK(fits, name, ": expected shape ", text(shape), " (-1: any size but 0), got ",
                   text(got));
   STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor; call .contiguous()");
+  check_storage(t, name);
 }
 
 inline i64 size_of(const Tensor& t, int64_t dim) { return t.dim() > dim ? t.sizes()[dim] : 0; }
@@ -155,6 +156,14 @@ inline NoisyImages check_noisy_image(Device device, const Tensor& images,
           out.mutable_data_ptr()};
 }
 
+// On the CPU alone, as check_words.
+inline void check_updates(const Tensor& updates) {
+  const int64_t* made = data<int64_t>(updates);
+  for (i64 i = 0; i < updates.numel(); ++i)
+    STD_TORCH_CHECK(made[i] >= 0, "updates: expected numbers >= 0, got ", made[i], " for image ",
+                    i);
+}
+
 // The arguments of match_loss as the kernels take them: phi, target, d_r (N, C), weight (C,),
 // settings (3,), losses (T, N), all else (N,).
 inline MatchLoss check_match_loss(Device device, const Tensor& phi, const Tensor& target,
@@ -178,6 +187,7 @@ inline MatchLoss check_match_loss(Device device, const Tensor& phi, const Tensor
   expect(converged, "converged", ScalarType::Int, {n});
   expect(d_r, "d_r", ScalarType::Float, {n, c});
   expect(d_s, "d_s", ScalarType::Float, {n, 1});
+  if (device == Device::CPU) check_updates(updates);
   return {n,
           losses.sizes()[0],
           static_cast<int>(c),

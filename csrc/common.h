@@ -27,6 +27,18 @@ inline Shape shape_of(const Tensor& t) {
   return Shape(sizes.begin(), sizes.end());
 }
 
+// Its memory is there: a storage may have been resized below what the tensor needs.
+inline void check_storage(const Tensor& t, const char* name) {
+  int64_t bytes = 0, offset = 0, last = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  if (t.numel() == 0) return;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.sizes()[d] - 1) * t.strides()[d];
+  const int64_t needed = (offset + last + 1) * static_cast<int64_t>(t.element_size());
+  STD_TORCH_CHECK(bytes >= needed, name, ": its storage has ", bytes, " bytes, and shape ",
+                  text(shape_of(t)), " needs ", needed);
+}
+
 // A dense CPU tensor of one of the engine's dtypes and, where `like` is given, of the same dtype as
 // it.
 inline void check_tensor(const Tensor& t, const char* name, int64_t dims,
@@ -42,6 +54,7 @@ inline void check_tensor(const Tensor& t, const char* name, int64_t dims,
   STD_TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got shape ",
                   text(shape_of(t)));
   STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor; call .contiguous()");
+  check_storage(t, name);
 }
 
 inline void check_shape(const Tensor& t, const char* name, const Shape& shape,

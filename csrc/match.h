@@ -63,7 +63,7 @@ FASTPHI_INLINE void judge(const MatchLoss& a, i64 i, const LossSums& sums) {
   const i64 t = a.updates[i];
   const float loss = static_cast<float>(sums.loss);
   const double tolerance = a.settings[TOLERANCE];
-  if (t < a.rows) a.losses[t * a.n + i] = loss;
+  if (0 <= t && t < a.rows) a.losses[t * a.n + i] = loss;
   const bool stop = tolerance > 0 && static_cast<double>(loss) <= tolerance * a.losses[i];
   const bool going_on = !stop && t < static_cast<i64>(a.settings[MAX_ITER]);
   a.d_s[i] = static_cast<float>(sums.d_s);

@@ -42,7 +42,8 @@ int64_t match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor upd
 Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed);
 Tensor pack_upsample_weights(Tensor weight);
 Tensor in_large_pages(Tensor x);
-int64_t weights_stamp(std::vector<Tensor> parameters);
+int64_t weights_checksum(std::vector<Tensor> parameters);
+double largest_magnitude(Tensor x);
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width);
 void combine_stats(Tensor partials, double eps, Tensor s);

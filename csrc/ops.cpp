@@ -38,7 +38,8 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
   m.def("pack_conv_weights(Tensor weight, int own, bool transposed) -> Tensor");
   m.def("pack_upsample_weights(Tensor weight) -> Tensor");
   m.def("in_large_pages(Tensor x) -> Tensor");
-  m.def("weights_stamp(Tensor[] parameters) -> int");
+  m.def("weights_checksum(Tensor[] parameters) -> int");
+  m.def("largest_magnitude(Tensor x) -> float");
   m.def(
       "unet_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "
       "float eps, "
@@ -113,7 +114,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("pack_conv_weights", TORCH_BOX(&pack_conv_weights));
   m.impl("pack_upsample_weights", TORCH_BOX(&pack_upsample_weights));
   m.impl("in_large_pages", TORCH_BOX(&in_large_pages));
-  m.impl("weights_stamp", TORCH_BOX(&weights_stamp));
+  m.impl("weights_checksum", TORCH_BOX(&weights_checksum));
+  m.impl("largest_magnitude", TORCH_BOX(&largest_magnitude));
   m.impl("unet_fwd", TORCH_BOX(&unet_fwd));
   m.impl("unet_fwd_bf16", TORCH_BOX(&unet_fwd_bf16));
   m.impl("match_steps", TORCH_BOX(&match_steps));

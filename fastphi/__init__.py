@@ -23,6 +23,7 @@ _PUBLIC = {
     "load_pretrained": "checkpoint.pretrained",
     "pack": "data",
     "PackedImages": "data",
+    "frozen": "engine",
     "extract": "phi",
     "PhiStore": "phi",
     "match_phi": "sampling",
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from fastphi.checkpoint.pretrained import load_pretrained
     from fastphi.config import TrainingInfo, UNetConfig
     from fastphi.data import PackedImages, pack
-    from fastphi.engine import ops
+    from fastphi.engine import frozen, ops
     from fastphi.phi import PhiStore, extract
     from fastphi.sampling import MatchResult, Reconstruction, match_phi, reconstruct, sample
     from fastphi.support import validate

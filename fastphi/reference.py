@@ -45,6 +45,12 @@ def _lowered(h: Tensor, weight: Tensor) -> Tensor:
     return h.to(weight.dtype) if weight.dtype in _LOW else h
 
 
+@torch.fx.wrap  # a symbolic trace has no dtype to look at
+def _widened(z: Tensor) -> Tensor:
+    """Statistics of low-precision activations are taken in float32."""
+    return z.float() if z.dtype in _LOW else z
+
+
 class ReferenceOps:
     """The ops of the seam (see `fastphi.engine.Ops`) on plain NCHW tensors, any dtype."""
 
@@ -69,8 +75,7 @@ class ReferenceOps:
             h = torch.cat([h, skip], dim=1)
         z = F.conv2d(_lowered(h, weight), weight, bias, padding=1)
         if gamma is not None:
-            if z.dtype in _LOW:
-                z = z.float()  # statistics of low-precision activations are taken in float32
+            z = _widened(z)
             z = std_norm(z, gamma, eps) if beta is None else layer_norm(z, gamma, beta, eps)
         return F.relu(z) if relu else z
 
@@ -88,23 +93,25 @@ class ReferenceRunner:
     """The runner of the seam, one image at a time: so a result never depends on who shares the batch
     (library convolutions choose their algorithm by batch size)."""
 
+    vouched: object | None = None  # it packs nothing: all the same to it
+
     def __init__(self, model) -> None:
         self.model = model
 
     @torch.no_grad()
     def denoise(self, x: Tensor) -> Tensor:
-        return torch.cat([self.model.walk(ReferenceOps(), x[i : i + 1]) for i in range(len(x))])
+        return torch.cat([self.model.walk(None, x[i : i + 1]) for i in range(len(x))])
 
     @torch.no_grad()
     def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]:
-        rows = [self.model.walk_means(ReferenceOps(), x[i : i + 1], until) for i in range(len(x))]
+        rows = [self.model.walk_means(None, x[i : i + 1], until) for i in range(len(x))]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def match(
         self, x: Tensor, target: Tensor, weight: Tensor, lr: float, max_iter: int, tolerance: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         def phi(image: Tensor) -> Tensor:
-            return self.model.walk_means(ReferenceOps(), image, "mid")["mid"]
+            return self.model.walk_means(None, image, "mid")["mid"]
 
         rows = [
             match_one(phi, x[i : i + 1], target[i : i + 1], weight, lr, max_iter, tolerance)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,15 @@ from fastphi import engine, reference
 from fastphi.config import TrainingInfo, UNetConfig
 from fastphi.support import validate
 
+_PLAIN = reference.ReferenceOps()
+
 
 class Layer(nn.Module):
-    """conv 3×3 → norm → ReLU. weight (out, in, 3, 3); bias, gamma, beta (out,) or None."""
+    """conv 3×3 → norm → ReLU. weight (out, in, 3, 3); bias, gamma, beta (out,) or None.
+
+    Called, it is plain PyTorch on (N, C, H, W), what a hook sees; `by` is the same by an engine's ops,
+    on its own activations, past hooks. The same holds of the other parts.
+    """
 
     def __init__(self, cin: int, cout: int, config: UNetConfig, norm: bool, relu: bool) -> None:
         super().__init__()
@@ -28,7 +35,10 @@ class Layer(nn.Module):
         if self.gamma is not None:
             nn.init.normal_(self.gamma, 0.0, 2 / 9 / 64).data.clamp_(-0.025, 0.025)
 
-    def forward(self, ops: engine.Ops, h: Any, skip: Any = None) -> Any:
+    def forward(self, h: Tensor, skip: Tensor | None = None) -> Tensor:
+        return self.by(_PLAIN, h, skip)
+
+    def by(self, ops: engine.Ops, h: Any, skip: Any = None) -> Any:
         textbook = {} if self.beta is None else {"beta": self.beta}
         return ops.layer(
             h, self.weight, self.bias, self.gamma, self.eps, self.relu, skip=skip, **textbook
@@ -44,8 +54,25 @@ class Upsample(nn.Module):
         self.bias = nn.Parameter(torch.zeros(cout)) if bias else None
         nn.init.kaiming_normal_(self.weight.data.transpose(0, 1))
 
-    def forward(self, ops: engine.Ops, h: Any) -> Any:
+    def forward(self, h: Tensor) -> Tensor:
+        return self.by(_PLAIN, h)
+
+    def by(self, ops: engine.Ops, h: Any) -> Any:
         return ops.upsample(h, self.weight, self.bias)
+
+
+class Block(nn.ModuleList):
+    """Layers one after the other; a decoder block's first reads the skip connection too."""
+
+    def forward(self, h: Tensor, skip: Tensor | None = None) -> Tensor:
+        for i, layer in enumerate(self):
+            h = layer(h, skip) if i == 0 and skip is not None else layer(h)
+        return h
+
+    def by(self, ops: engine.Ops, h: Any, skip: Any = None) -> Any:
+        for i, layer in enumerate(self):
+            h = layer.by(ops, h, skip if i == 0 else None)  # type: ignore[operator]
+        return h
 
 
 class UNet(nn.Module):
@@ -53,7 +80,15 @@ class UNet(nn.Module):
 
     backend: "auto" (the fastest engine that can serve), or an engine's name, which then raises
     RuntimeError where it cannot. A gradient is needed → the engine's ops; otherwise → its runner.
+    Where neither would give what the modules give (hooks, transforms, replaced parts: docs/contract.md)
+    the modules are called.
     """
+
+    WALK: ClassVar[tuple[str, ...]] = (
+        "walk",
+        "walk_means",
+        "_blocks",
+    )  # what an engine stands in for
 
     def __init__(self, config: UNetConfig | None = None, *, backend: str = "auto") -> None:
         super().__init__()
@@ -61,7 +96,7 @@ class UNet(nn.Module):
         self.backend = validate.choice(backend, "backend", engine.BACKENDS)
         self.training_info = TrainingInfo()
         for name, widths, relus in self._plan():
-            block = nn.ModuleList()
+            block = Block()
             for i, (cin, cout) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
                 first = name == "enc1" and i == 0  # the very first layer has no norm
                 block.append(Layer(cin, cout, config, norm=relus[i] and not first, relu=relus[i]))
@@ -90,42 +125,44 @@ class UNet(nn.Module):
 
     # --- the network, once -------------------------------------------------------------------------
 
-    def _blocks(self, ops: engine.Ops, x: Tensor) -> Iterator[tuple[str, Any]]:
+    def _blocks(self, ops: engine.Ops | None, x: Tensor) -> Iterator[tuple[str, Any]]:
         """(name, output) of each block in network order; whoever stops asking stops the network."""
-        h = ops.from_image(x)
+
+        def part(name: str, *h: Any) -> Any:
+            module: Any = self.get_submodule(name)
+            return module(*h) if ops is None else module.by(ops, *h)
+
+        of = _PLAIN if ops is None else ops
+        h = of.from_image(x)
         skips = []
         for b in range(1, self.config.blocks + 1):
-            h = self._block(f"enc{b}", ops, h)
+            h = part(f"enc{b}", h)
             yield f"enc{b}", h
             skips.append(h)
-            h = ops.pool(h)
-        h = self._block("mid", ops, h)
+            h = of.pool(h)
+        h = part("mid", h)
         yield "mid", h
         for b in range(self.config.blocks, 0, -1):
-            h = self.get_submodule(f"up{b}")(ops, h)
-            h = self._block(f"dec{b}", ops, h, skips.pop())
+            h = part(f"dec{b}", part(f"up{b}", h), skips.pop())
             yield f"dec{b}", h
 
-    def _block(self, name: str, ops: engine.Ops, h: Any, skip: Any = None) -> Any:
-        block: Any = self.get_submodule(name)
-        for i, layer in enumerate(block):
-            h = layer(ops, h, skip if i == 0 else None)
-        return h
-
-    def walk(self, ops: engine.Ops, x: Tensor) -> Tensor:
-        """The denoised image of x (N, C, H, W), by an engine's ops."""
+    def walk(self, ops: engine.Ops | None, x: Tensor) -> Tensor:
+        """The denoised image of x (N, C, H, W): by an engine's ops, or (None) by calling the modules,
+        with their hooks."""
         for _, h in self._blocks(ops, x):  # noqa: B007 (the last one is the image)
             pass
-        out = ops.to_image(h)
+        out = h if ops is None else ops.to_image(h)
         out = x - out if self.config.residual else out
-        return out.to(x.dtype) if x.dtype == torch.bfloat16 else out  # computed in float32 by some
+        wide = ops is not None and x.dtype == torch.bfloat16  # computed in float32 by some
+        return out.to(x.dtype) if wide else out
 
-    def walk_means(self, ops: engine.Ops, x: Tensor, until: str | None) -> dict[str, Tensor]:
+    def walk_means(self, ops: engine.Ops | None, x: Tensor, until: str | None) -> dict[str, Tensor]:
         """ā of each block up to and including `until`: {name: (N, C)}."""
         until = until or self.config.block_names[-1]
+        mean = (ops or _PLAIN).mean
         means = {}
         for name, h in self._blocks(ops, x):
-            means[name] = ops.mean(h)
+            means[name] = mean(h)
             if name == until:
                 break
         return means
@@ -135,9 +172,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, sigma: Any = None) -> Tensor:
         """Denoised image x̂ (N, C, H, W). sigma is accepted for other libraries' conventions and not
         used: the denoiser is blind."""
-        if (serving := self._serving(x)) is not None:
-            return self.walk(serving.ops, x)
-        return engine.runner(self, x).denoise(x)
+        runner, ops = self._serving(x)
+        return runner.denoise(x) if runner is not None else self.walk(ops, x)
 
     def score(self, x: Tensor, sigma: Any) -> Tensor:
         """∇ log p_σ(x) = (x̂ − x)/σ² (eq. 2). sigma > 0: one number, or N of them."""
@@ -153,16 +189,17 @@ class UNet(nn.Module):
         """
         if until is not None:
             validate.choice(until, "until", self.config.block_names)
-        if (serving := self._serving(x)) is not None:
-            return self.walk_means(serving.ops, x, until)
-        return engine.runner(self, x).block_means(x, until)
+        runner, ops = self._serving(x)
+        if runner is not None:
+            return runner.block_means(x, until)
+        return self.walk_means(ops, x, until)
 
     def block_maps(self, x: Tensor, block: str = "mid") -> Tensor:
         """A block's output itself, whose spatial mean is ā: (N, C, h, w). Plain PyTorch, no gradient."""
         validate.images(x, self.config)
         validate.choice(block, "block", self.config.block_names)
         with torch.no_grad():
-            blocks = self._blocks(reference.ReferenceOps(), x)
+            blocks = self._blocks(None, x)
             return next(h for name, h in blocks if name == block)
 
     def phi(self, x: Tensor) -> Tensor:
@@ -173,17 +210,27 @@ class UNet(nn.Module):
         """A parameter-free module image → φ, e.g. for plenoptic's Metamer."""
         return Representation(self)
 
-    def _serving(self, x: Tensor) -> engine.Engine | None:
-        """The engine whose ops serve x where a gradient is needed (or a graph is traced), else None."""
+    def twin(self) -> UNet:
+        """A network of this configuration without values, to compare this one with."""
+        return _twin(self.config)
+
+    def _serving(self, x: Tensor) -> tuple[engine.Runner | None, engine.Ops | None]:
+        """What serves x: a runner; or ops, where a gradient is needed (or a graph is traced); or neither,
+        but the modules themselves."""
+        if isinstance(x, torch.fx.Proxy):
+            return None, None
         validate.images(x, self.config)
-        parameter = self.mid[0].weight  # type: ignore[index,union-attr]
-        validate.like_model(x, parameter)
+        validate.like_model(x, next(self.parameters(), x))
         needed = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
-        return (
-            engine.pick(self, x, gradient=True) if needed or torch.compiler.is_compiling() else None
-        )
+        return engine.serving(self, x, gradient=needed or torch.compiler.is_compiling())
+
+
+@functools.lru_cache(maxsize=64)
+def _twin(config: UNetConfig) -> UNet:
+    with torch.device("meta"):
+        return UNet(config)
 
 
 class Representation(nn.Module):

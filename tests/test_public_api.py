@@ -14,7 +14,7 @@ import pytest
 import fastphi
 
 NAMES = """MatchResult PackedImages PhiStore Reconstruction TrainingInfo UNet UNetConfig data engine
-extract load load_authors_checkpoint load_pretrained match_phi noise ops pack pretrained reconstruct
+extract frozen load load_authors_checkpoint load_pretrained match_phi noise ops pack pretrained reconstruct
 reference sample save targets train validate""".split()
 
 

@@ -193,13 +193,13 @@ def fails(*_, **__):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["runner", "ops"])
 @pytest.mark.parametrize("until", ["enc1", "enc2", "mid", "dec2"])
-def test_early_exit_is_true(make_model, backend, x, until, grad):
+def test_early_exit_is_true(make_model, x, until, grad):
     """What comes after the last block asked for may fail as it likes: nobody calls it."""
-    model = make_model(backend=backend)
+    model = make_model(backend="reference")
     with torch.set_grad_enabled(grad):
         expected = {k: v.detach() for k, v in model.block_means(x).items()}
         names = ["enc1", "enc2", "mid", "up2", "dec2", "up1", "dec1"]
-        short = make_model(backend=backend)
+        short = make_model()  # an engine steps back: it could not fail like that
         for name in names[names.index(until) + 1 :]:
             for module in short.get_submodule(name).modules():
                 module.forward = fails

@@ -40,7 +40,7 @@ void adam_step(const Adam& adam, i64 t, i64 c, i64 pixels, const T* gradient, T*
 struct MatchTensors {
   const Tensor &x, &m, &v, &losses, &updates, &active, &target, &weight;
 
-  void check(i64 c) const {
+  void check(i64 c, i64 start, i64 steps) const {
     const i64 n = x.sizes()[0];
     check_shape(m, "m", shape_of(x), &x);
     check_shape(v, "v", shape_of(x), &x);
@@ -49,10 +49,19 @@ struct MatchTensors {
     check_shape(losses, "losses", {max_iter + 1, n}, &x);
     check_shape(target, "target", {n, c}, &x);
     check_shape(weight, "weight", {c}, &x);
-    STD_TORCH_CHECK(updates.scalar_type() == ScalarType::Long && shape_of(updates) == Shape{n},
-                    "updates: expected int64 (", n, ",)");
-    STD_TORCH_CHECK(active.scalar_type() == ScalarType::Bool && shape_of(active) == Shape{n},
-                    "active: expected bool (", n, ",)");
+    const auto expect = [&](const Tensor& t, const char* name, ScalarType dtype) {
+      STD_TORCH_CHECK(t.scalar_type() == dtype && shape_of(t) == Shape{n} && t.is_contiguous() &&
+                          t.device().type() == torch::headeronly::DeviceType::CPU,
+                      name, ": expected a dense CPU tensor (", n, ",) of ",
+                      torch::headeronly::toString(dtype));
+      check_storage(t, name);
+    };
+    expect(updates, "updates", ScalarType::Long);
+    expect(active, "active", ScalarType::Bool);
+    STD_TORCH_CHECK(
+        0 <= start && 0 <= steps && start <= max_iter + 1 && steps <= max_iter + 1 - start,
+        "start, steps: expected a part of the ", max_iter + 1, " rows of losses, got ", start, ", ",
+        steps);
   }
 };
 

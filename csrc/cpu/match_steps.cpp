@@ -174,9 +174,9 @@ int64_t match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates,
                     int64_t steps) {
   const Plan plan{x.dim() > 1 ? x.sizes()[1] : 0, channels, enc_layers, mid_layers, {}};
   check_network(x, plan, packed);
-  check_network(x, plan, packed_t);
+  check_network(x, plan, packed_t, true);
   const MatchTensors tensors{x, m, v, losses, updates, active, target, weight};
-  tensors.check(channels.back());
+  tensors.check(channels.back(), start, steps);
   return dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const auto convs = convs_of<T>(packed), transposed = convs_of<T>(packed_t);

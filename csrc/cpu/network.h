@@ -26,22 +26,52 @@ struct Conv {
   const T *packed, *bias, *gamma;
 };
 
-inline i64 parameters_expected(const Plan& plan) {
-  i64 convs = plan.mid_layers;
-  for (i64 n : plan.enc_layers) convs += n;
-  for (i64 n : plan.dec_layers) convs += n + 1;
-  return 3 * convs;
+// f(cin of the first source, cin of the second or 0, cout, upsampling) for each convolution, in
+// network order
+template <class F>
+void each_conv(const Plan& plan, const F& f) {
+  i64 cin = plan.image_channels;
+  for (i64 b = 0; b <= plan.blocks(); ++b)
+    for (i64 k = b < plan.blocks() ? plan.enc_layers[b] : plan.mid_layers; k > 0; --k) {
+      f(cin, i64{0}, plan.channels[b], false);
+      cin = plan.channels[b];
+    }
+  if (plan.dec_layers.empty()) return;
+  for (i64 b = plan.blocks() - 1; b >= 0; --b) {
+    const i64 c = plan.channels[b], layers = plan.dec_layers[b];
+    f(plan.channels[b + 1], i64{0}, c, true);
+    for (i64 k = 0; k < layers; ++k)
+      f(c, k ? 0 : c, b == 0 && k == layers - 1 ? plan.image_channels : c, false);
+  }
 }
 
-// The image's size and the number of parameters, checked.
+inline i64 parameters_expected(const Plan& plan) {
+  i64 count = 0;
+  each_conv(plan, [&](i64, i64, i64, bool) { count += 3; });
+  return count;
+}
+
+// The sizes that make a plan, the image's size and the number of parameters, checked.
 inline void check_plan(const Tensor& x, const Plan& plan, const std::vector<Tensor>& packed) {
   check_tensor(x, "x", 4);
   check_not_empty(x, "x");
-  const i64 multiple = i64{1} << plan.blocks();
+  STD_TORCH_CHECK(0 < plan.blocks() && plan.blocks() < 31,
+                  "enc_layers: expected an entry per encoder block, got ", text(plan.enc_layers));
   STD_TORCH_CHECK(
       static_cast<i64>(plan.channels.size()) == plan.blocks() + 1,
       "channels: expected one entry per encoder block and one for the middle block, got ",
       text(plan.channels));
+  STD_TORCH_CHECK(plan.dec_layers.empty() || plan.dec_layers.size() == plan.enc_layers.size(),
+                  "dec_layers: expected an entry per decoder block or none, got ",
+                  text(plan.dec_layers));
+  auto positive = [](const Shape& sizes, const char* name) {
+    for (const i64 size : sizes)
+      STD_TORCH_CHECK(0 < size && size < i64{1} << 20, name, ": expected sizes of 1 to 2^20, got ",
+                      text(sizes));
+  };
+  positive(plan.channels, "channels"), positive(plan.enc_layers, "enc_layers");
+  positive({plan.mid_layers}, "mid_layers"), positive(plan.dec_layers, "dec_layers");
+  const i64 multiple = i64{1} << plan.blocks();
   STD_TORCH_CHECK(x.sizes()[2] % multiple == 0 && x.sizes()[3] % multiple == 0,
                   "x: height and width must be multiples of ", multiple, ", got shape ",
                   text(shape_of(x)));
@@ -49,10 +79,29 @@ inline void check_plan(const Tensor& x, const Plan& plan, const std::vector<Tens
                   parameters_expected(plan), " tensors, got ", packed.size());
 }
 
-// Plan and parameters as they come from Python, checked.
-inline void check_network(const Tensor& x, const Plan& plan, const std::vector<Tensor>& packed) {
+// Plan and parameters as they come from Python, checked: each packed tensor has the length that the
+// kernels read. transposed: weights packed for the gradient.
+inline void check_network(const Tensor& x, const Plan& plan, const std::vector<Tensor>& packed,
+                          bool transposed = false) {
   check_plan(x, plan, packed);
-  for (const Tensor& t : packed) check_tensor(t, "packed", 1, &x);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    size_t at = 0;
+    auto expect = [&](i64 size, bool may_lack) {
+      const std::string name = "packed[" + std::to_string(at) + "]";
+      const Tensor& t = packed[at++];
+      check_tensor(t, name.c_str(), 1, &x);
+      STD_TORCH_CHECK(t.numel() == size || (may_lack && t.numel() == 0), name, ": expected ", size,
+                      " numbers", may_lack ? " or none" : "", ", got ", t.numel());
+    };
+    each_conv(plan, [&](i64 own, i64 rest, i64 cout, bool up) {
+      expect(up           ? 4 * packed_size<T>(cout, own)
+             : transposed ? conv_packed_size<T>(own + rest, cout, 0)
+                          : conv_packed_size<T>(cout, own, rest),
+             false);
+      expect(cout, true), expect(cout, true);
+    });
+  });
 }
 
 // Channels of the first `blocks` blocks together: columns of their means.

@@ -1,6 +1,5 @@
 // Weights in the order in which the kernels read them, Winograd's transformed (direct/conv.h): done
-// once per model by the runner, and again where their stamp says that they have changed.
-#include <algorithm>
+// once per model by the runner, and again where they have changed.
 #include <cstring>
 
 #include "../operators.h"
@@ -8,17 +7,6 @@
 #include "launch.h"
 
 namespace fastphi {
-
-namespace {
-
-// Where value i of a tensor lies, in elements.
-i64 place_of(const Tensor& p, i64 i) {
-  i64 at = 0;
-  for (i64 d = p.dim(); d-- > 0; i /= p.sizes()[d]) at += i % p.sizes()[d] * p.strides()[d];
-  return at;
-}
-
-}  // namespace
 
 Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed) {
   check_tensor(weight, "weight", 4);
@@ -64,37 +52,6 @@ Tensor in_large_pages(Tensor x) {
   prefer_huge_pages(out.mutable_data_ptr(), bytes);
   std::memcpy(out.mutable_data_ptr(), x.const_data_ptr(), bytes);
   return out;
-}
-
-// A number that changes with the weights, from a few values of each tensor: an optimiser or an
-// average that writes through `.data` leaves torch's own version counter as it was. All are fetched
-// before any is looked at, since none of them is in a cache.
-int64_t weights_stamp(std::vector<Tensor> parameters) {
-  constexpr i64 SAMPLES = 16;
-  struct Sample {
-    const unsigned char* at;
-    i64 size;
-  };
-  std::vector<Sample> samples;
-  samples.reserve(parameters.size() * SAMPLES);
-  for (const Tensor& p : parameters) {
-    const i64 n = p.numel(), size = static_cast<i64>(p.element_size());
-    const auto* bytes = static_cast<const unsigned char*>(p.const_data_ptr());
-    const bool dense = p.is_contiguous();
-    for (i64 k = 0; k < std::min(SAMPLES, n); ++k) {
-      const i64 i = n > SAMPLES ? k * (n - 1) / (SAMPLES - 1) : k;
-      samples.push_back({bytes + (dense ? i : place_of(p, i)) * size, std::min<i64>(size, 8)});
-      __builtin_prefetch(samples.back().at);
-    }
-  }
-  uint64_t stamp = 0;
-  for (const Sample& sample : samples) {
-    uint64_t value = 0;
-    std::memcpy(&value, sample.at, sample.size);
-    stamp = (stamp ^ value) * 0x9e3779b97f4a7c15u;  // Fibonacci hashing
-    stamp ^= stamp >> 29;
-  }
-  return static_cast<int64_t>(stamp);
 }
 
 }  // namespace fastphi

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
@@ -19,6 +19,13 @@ class Network(Protocol):
 
     config: UNetConfig
     backend: str
+    _modules: dict[str, Any]
+    WALK: ClassVar[tuple[str, ...]]
+    """Its methods that call the parts, and that an engine stands in for."""
+
+    def twin(self) -> Any:
+        """A network as its configuration says, without values (on torch's device meta)."""
+        ...
 
     def get_submodule(self, target: str) -> nn.Module: ...
     def named_modules(self) -> Iterator[tuple[str, Any]]: ...

@@ -7,11 +7,13 @@ unet_fwd, match_steps) are not for tracing and have no rules.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd, register_fake, register_vmap
 
 from fastphi.engine.op_rules_gpu import FAKES, FLOATS, expect_like
 
@@ -104,16 +106,20 @@ def _fused_layer_bwd_fake(
 
 
 def _fused_layer_setup(ctx, inputs, output) -> None:
-    r, s, r2, s2, weight, bias, gamma, _, relu = inputs
+    r, s, r2, s2, weight, bias, gamma, eps, relu = inputs
     _, s_out, z, mean, std = output
     ctx.mark_non_differentiable(z, mean, std)  # kept for the gradient, not meant for users
-    ctx.save_for_backward(r, s, r2, s2, weight, gamma, z, s_out, mean, std)
-    ctx.relu, ctx.has_bias = relu, bias is not None
+    ctx.save_for_backward(r, s, r2, s2, weight, bias, gamma, z, s_out, mean, std)
+    ctx.eps, ctx.relu = eps, relu
 
 
 def _fused_layer_backward(ctx, d_r_out, d_s_out, *_):
-    r, s, r2, s2, weight, gamma, z, s_out, mean, std = ctx.saved_tensors
+    r, s, r2, s2, weight, bias, gamma, z, s_out, mean, std = ctx.saved_tensors
     need = ctx.needs_input_grad
+    if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated itself
+        plain = functools.partial(_plain_layer, eps=ctx.eps, relu=ctx.relu)
+        inputs = (r, s, r2, s2, weight, bias, gamma)
+        return *_plain_gradients(plain, inputs, need, (d_r_out, d_s_out)), None, None
     need_input, need_weight = any(need[:4]), any(need[4:7])
     d_r, d_s, d_r2, d_s2, d_weight, d_bias, d_gamma = torch.ops.fastphi.fused_layer_bwd(
         d_r_out.contiguous(),
@@ -137,6 +143,35 @@ def _fused_layer_backward(ctx, d_r_out, d_s_out, *_):
     return (*kept, None, None)
 
 
+def _plain_layer(r, s, r2, s2, weight, bias, gamma, eps, relu) -> tuple[Tensor, Tensor]:
+    """The layer in plain PyTorch, which can be differentiated twice."""
+    h = s[:, None, None, None] * r
+    if r2 is not None:
+        h = torch.cat([h, s2[:, None, None, None] * r2], dim=3)
+    z = F.conv2d(h.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
+    s_out = torch.ones_like(s)
+    if gamma is not None:
+        s_out = 1 / (z.std(dim=(1, 2, 3), correction=0) + eps)
+        z = gamma * z
+    return F.relu(z) if relu else z, s_out
+
+
+def _plain_upsample(r, weight) -> tuple[Tensor]:
+    return (F.conv_transpose2d(r.permute(0, 3, 1, 2), weight, stride=2).permute(0, 2, 3, 1),)
+
+
+def _plain_gradients(plain, inputs, need, d_out) -> list[Tensor | None]:
+    """Of plain(*inputs), with a graph of their own."""
+    # As views: one input may have been made of another, and that way is not this op's.
+    inputs = [t if t is None else t.view_as(t) for t in inputs]
+    out = plain(*inputs)
+    wanted = [t for t, n in zip(inputs, need, strict=False) if n]
+    made = [(o, d) for o, d in zip(out, d_out, strict=True) if o.requires_grad]
+    outs, d_outs = [o for o, _ in made], [d for _, d in made]
+    found = iter(torch.autograd.grad(outs, wanted, d_outs, create_graph=True, allow_unused=True))
+    return [next(found) if n else None for _, n in zip(inputs, need, strict=False)]
+
+
 def _upsample_fwd_fake(r, weight):
     _expect(r, "r", (None,) * 4)
     n, h, w, c = r.shape
@@ -157,6 +192,10 @@ def _upsample_setup(ctx, inputs, output) -> None:
 
 def _upsample_backward(ctx, d_out):
     need_input, need_weight = ctx.needs_input_grad
+    if torch.is_grad_enabled():
+        return tuple(
+            _plain_gradients(_plain_upsample, ctx.saved_tensors, ctx.needs_input_grad, (d_out,))
+        )
     d_r, d_weight = torch.ops.fastphi.upsample_bwd(
         d_out.contiguous(), *ctx.saved_tensors, need_input, need_weight
     )
@@ -235,8 +274,33 @@ def register() -> None:
         "upsample_fwd": (_upsample_backward, _upsample_setup),
         "avg_pool_fwd": (pool_backward, _no_setup),
         "spatial_mean_fwd": (_spatial_mean_backward, _spatial_mean_setup),
+        # linear: the gradient's gradient is the op itself
+        "avg_pool_bwd": (lambda ctx, d: torch.ops.fastphi.avg_pool_fwd(d.contiguous()), _no_setup),
+        "spatial_mean_bwd": (
+            lambda ctx, d: (torch.ops.fastphi.spatial_mean_fwd(d.contiguous()), None, None),
+            _no_setup,
+        ),
     }
-    for name in ("fused_layer_bwd", "upsample_bwd", "avg_pool_bwd", "spatial_mean_bwd"):
+    for name in ("fused_layer_bwd", "upsample_bwd"):  # not differentiated: the plain form is
         gradients[name] = (no_second_derivative, _no_setup)
     for name, (backward, setup) in gradients.items():
         register_autograd(f"fastphi::{name}", backward, setup_context=setup)
+        register_vmap(f"fastphi::{name}", _one_by_one(getattr(torch.ops.fastphi, name)))
+
+
+def _one_by_one(op: Any) -> Any:
+    """vmap of an op (of its gradient, mostly: `is_grads_batched`), in as many calls."""
+
+    def rule(info, in_dims, *args):
+        def at(i: int) -> list[Any]:
+            return [
+                a if dim is None else a.select(dim, i).contiguous()
+                for a, dim in zip(args, in_dims, strict=True)
+            ]
+
+        out = [op(*at(i)) for i in range(info.batch_size)]
+        if isinstance(out[0], Tensor):
+            return torch.stack(out), 0
+        return tuple(torch.stack(parts) for parts in zip(*out, strict=True)), (0,) * len(out[0])
+
+    return rule

@@ -20,12 +20,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastphi.engine import op_rules
 
 HOW = "build it with: pip install --no-build-isolation -e ."
 # what the runner calls beside the differentiable ops: the latest of it tells an old library
-RUNNER_OPS = ("weights_stamp", "in_large_pages")
+RUNNER_OPS = ("weights_checksum", "in_large_pages")
 
 
 def _load(name: str) -> str | None:
@@ -91,6 +92,25 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def transform() -> str | None:
+    """What follows a call from outside, and would not find these operators' derivatives; or None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func (grad, vjp, jvp, vmap) is at work"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is at work"
+    return "torch.jit.trace is at work" if torch.jit.is_tracing() else None
+
+
+def _differentiable(name: str) -> Any:
+    """An op that has a gradient, by torch.autograd; once more differentiated, the plain form's."""
+    if not torch.compiler.is_compiling() and (found := transform()) is not None:
+        raise RuntimeError(
+            f"fastphi.ops.{name}: {found}, which it has no rule for; fastphi.reference.ReferenceOps is "
+            f"plain PyTorch, and a UNet goes over to that by itself"
+        )
+    return _op(f"{name}_fwd")
+
+
 def _op(name: str) -> Any:
     if missing() is not None:
         raise RuntimeError(f"fastphi.ops.{name}: {_missing}")
@@ -120,7 +140,7 @@ def fused_layer(
     Raises RuntimeError where a tensor does not fit, naming it.
     """
     r2 = None if r2 is None else r2.contiguous()
-    out = _op("fused_layer_fwd")(
+    out = _differentiable("fused_layer")(
         r.contiguous(), s, r2, s2, weight.contiguous(), bias, gamma, eps, relu
     )
     return out[0], out[1]
@@ -128,12 +148,12 @@ def fused_layer(
 
 def upsample(r: Tensor, weight: Tensor) -> Tensor:
     """Transposed conv 2×2, stride 2: (N, H, W, Cin), (Cin, Cout, 2, 2) -> (N, 2H, 2W, Cout)."""
-    return _op("upsample_fwd")(r.contiguous(), weight.contiguous())
+    return _differentiable("upsample")(r.contiguous(), weight.contiguous())
 
 
 def avg_pool(r: Tensor) -> Tensor:
     """Average pooling 2×2, stride 2: (N, H, W, C) -> (N, H/2, W/2, C); H and W must be even."""
-    return _op("avg_pool_fwd")(r.contiguous())
+    return _differentiable("avg_pool")(r.contiguous())
 
 
 def spatial_mean(r: Tensor) -> Tensor:
@@ -142,7 +162,7 @@ def spatial_mean(r: Tensor) -> Tensor:
     CPU: float32 or float64, rows are added in double. CUDA: float32 or bfloat16, added in float32
     in a fixed tree; no gradient.
     """
-    return _op("spatial_mean_fwd")(r.contiguous())
+    return _differentiable("spatial_mean")(r.contiguous())
 
 
 def noise_normal(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastphi import reference
-from fastphi.engine import cpu, gpu, ops
+from fastphi.engine import contract, cpu, gpu, ops
 from fastphi.engine.network import Network
 
 if TYPE_CHECKING:
@@ -55,7 +55,10 @@ class Runner(Protocol):
     """A prepared model. Results never depend on who shares the batch. Images are NCHW.
 
     Computes in x's dtype, or autocast's where that is on; in bfloat16, means are float32 all the same.
+    vouched: an object while somebody vouches that the weights do not change (`frozen`), else None.
     """
+
+    vouched: object | None
 
     def denoise(self, x: Tensor) -> Tensor: ...
     def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]: ...
@@ -123,28 +126,68 @@ ENGINES = (
 BACKENDS = ("auto", *(engine.name for engine in ENGINES))
 
 _runners: weakref.WeakKeyDictionary[Network, dict[str, Runner]] = weakref.WeakKeyDictionary()
+_vouched: weakref.WeakKeyDictionary[Network, object] = weakref.WeakKeyDictionary()
 _told: set[str] = set()
+
+
+def serving(model: Network, x: Tensor, gradient: bool) -> tuple[Runner | None, Ops | None]:
+    """What serves a call of the model: its runner; or ops, where a gradient is needed; or neither, and
+    the modules are to be called."""
+    engine = pick(model, x, gradient)
+    if engine.device is None and (gradient or contract.watched(model)):
+        return None, None
+    return (None, engine.ops) if gradient else (_prepared(model, engine), None)
 
 
 def runner(model: Network, x: Tensor) -> Runner:
     """The prepared model that serves x: made once per model and engine."""
-    engine = pick(model, x)
+    return _prepared(model, pick(model, x))
+
+
+def _prepared(model: Network, engine: Engine) -> Runner:
     prepared = _runners.setdefault(model, {})
     if engine.name not in prepared:
         proxy: Any = weakref.proxy(model)  # the runner must not keep its model alive
         prepared[engine.name] = engine.runner(proxy)
-    return prepared[engine.name]
+    found = prepared[engine.name]
+    found.vouched = _vouched.get(model)
+    return found
 
 
 @contextlib.contextmanager
-def plain_mode(device: torch.device, low: bool = False) -> Iterator[None]:
-    """Numbers that do not depend on the caller's context: no autograd beyond what a match asks for
-    (in a caller's inference mode it could not be had), and the model's own dtype, no autocast, unless
-    `low` asks for bfloat16. But for a GPU, where autocast is how a float32 model is asked for the tensor
-    cores: images stay float32."""
+def frozen(model: Network) -> Iterator[None]:
+    """Vouches that the model's weights do not change inside, so that they are looked at once.
+
+    Outside, each call of an engine sums them all up, to see what torch does not tell: a write through
+    `.data`, numpy or dlpack, or by a fused optimiser. Jobs (extract, match_phi, reconstruct, sample, the
+    analyses) vouch by themselves. What it saves: docs/contract.md. An assignment or an in-place
+    operation that torch sees is found inside, too.
+
+    >>> with fastphi.frozen(model):
+    ...     phis = [model.phi(image) for image in images]
+    """
+    if model in _vouched:  # within another
+        yield
+        return
+    _vouched[model] = object()
+    try:
+        yield
+    finally:
+        del _vouched[model]
+        for prepared in _runners.get(model, {}).values():
+            prepared.vouched = None
+
+
+@contextlib.contextmanager
+def plain_mode(model: Network, device: torch.device, low: bool = False) -> Iterator[None]:
+    """A job on a model: weights that are looked at once (`frozen`), and numbers that do not depend on the
+    caller's context: no autograd beyond what a match asks for (in a caller's inference mode it could not
+    be had), and the model's own dtype, no autocast, unless `low` asks for bfloat16. But for a GPU, where
+    autocast is how a float32 model is asked for the tensor cores: images stay float32."""
     kind = torch.bfloat16 if low else None
     low = low or (device.type == "cuda" and torch.is_autocast_enabled("cuda"))
     with (
+        frozen(model),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, kind, enabled=low),
@@ -167,6 +210,8 @@ def pick(model: Network, x: Tensor, gradient: bool = False) -> Engine:
         if wanted != engine.name and not (wanted == "auto" and engine.made_for(x.device)):
             continue
         reason = engine.reason(model.config, x.device, dtype, gradient)
+        if reason is None and engine.device is not None:
+            reason = contract.reason(model, x)
         if reason is None:
             if (remark := engine.remark(model.config, dtype)) is not None:
                 reasons.append(remark)

@@ -84,7 +84,8 @@ def extract(
         writer = Writer(out, manifest, None if indices is None else job.indices)
         missing = PhiStore(out).missing()
         todo = {s: missing[s] for s in levels if s in missing}
-        with contextlib.closing(_run(job, todo, batch, workers, progress)) as chunks:
+        running = contextlib.closing(_run(job, todo, batch, workers, progress))
+        with engine.frozen(model), running as chunks:
             for sigma, rows, means in chunks:
                 writer.write(sigma, rows, means)
     return PhiStore(out)
@@ -105,10 +106,11 @@ def _extract_in_memory(
         for block, width in manifest["blocks"].items():
             arrays[phi_file(sigma, block)] = np.zeros((n, width), np.float32)
     todo = {sigma: np.arange(n) for sigma in levels}
-    for sigma, rows, means in _run(job, todo, batch, workers, progress):
-        for block, values in means.items():
-            arrays[phi_file(sigma, block)][rows] = values
-        arrays[done_file(sigma)][rows] = 1
+    with engine.frozen(job.model):
+        for sigma, rows, means in _run(job, todo, batch, workers, progress):
+            for block, values in means.items():
+                arrays[phi_file(sigma, block)][rows] = values
+            arrays[done_file(sigma)][rows] = 1
     return PhiStore.in_memory(manifest, arrays)
 
 

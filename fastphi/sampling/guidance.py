@@ -111,7 +111,7 @@ def match(
     low: bool = False,
 ) -> MatchResult:
     """`match_phi` on arguments that were checked before; target: (N, channels[-1]). low: in bfloat16."""
-    with engine.plain_mode(x.device, low):
+    with engine.plain_mode(model, x.device, low):
         x = x.detach().clone(memory_format=torch.contiguous_format)
         target = restrict(target.detach().clone(), channels).to(x).contiguous()
         weight = loss_weight(channels, zero_elsewhere, target)

@@ -222,7 +222,7 @@ def run(
 ) -> Reconstruction:
     """Take the steps and keep their record; store the state, and go on from a stored one."""
     check_run_options(callback, save, save_every)
-    with engine.plain_mode(sampler.device):
+    with engine.plain_mode(sampler.model, sampler.device):
         settings = run_settings(sampler.model, sampler.targets, sampler.plan)
         record = Record(sampler.plan, sampler.device, settings, save)
         earlier = earlier_run(save, settings) if resume else None

@@ -71,7 +71,7 @@ def mean_phi(
     # independent noise, and the noise of one does not depend on which others are asked for.
     bits = np.abs(sigma).astype(np.float32).view(np.uint32).astype(np.int64)
     parameter = next(model.parameters())
-    with engine.plain_mode(parameter.device):
+    with engine.plain_mode(model, parameter.device):
         x = x.detach().to(parameter).clone()
         s = torch.from_numpy(sigma).to(x)[:, None, None, None]
         shape = (x.shape[1], x.shape[2], x.shape[3])

@@ -186,7 +186,7 @@ int64_t match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor upd
   const auto weights = bf16_weights(x, plan, packed);
   const auto transposed = rotated(plan, packed_t);
   const MatchTensors tensors{x, m, v, losses, updates, active, target, weight};
-  tensors.check(channels.back());
+  tensors.check(channels.back(), start, steps);
   const i64 h = x.sizes()[2], w = x.sizes()[3];
   const i64 chunk = std::min(x.sizes()[0], images_at_once(h * w));
   thread_local Space space;

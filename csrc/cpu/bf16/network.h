@@ -21,6 +21,7 @@ inline const void* bf16_parameter(const Tensor& t, ScalarType type, i64 size, bo
                   "packed: expected a dense ", torch::headeronly::toString(type), " tensor of ",
                   size, " numbers as ", name, ", got ",
                   torch::headeronly::toString(t.scalar_type()), " of shape ", text(shape_of(t)));
+  check_storage(t, "packed");
   return t.const_data_ptr();
 }
 

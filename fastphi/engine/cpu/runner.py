@@ -126,16 +126,28 @@ def _wide(t: Any) -> Any:
     return t.float() if t is not None and t.dtype == torch.bfloat16 else t
 
 
+class _Packed(NamedTuple):
+    """Parameters in the kernels' order; the checksum of those of the model, and, where they are vouched
+    for, who vouched, their addresses and versions."""
+
+    tensors: list[Tensor]
+    checksum: int
+    seen: Any = None
+
+
 class CPURunner:
     """The runner of the seam (`fastphi.engine.Runner`): a whole network, or match, per call.
 
-    Weights are packed when first needed and again when a parameter has changed. bfloat16 is computed
-    by AMX (`low`), or else in float32; images, means and losses are float32 in both.
+    Weights are packed when first needed and again when they have changed, which a checksum of them all
+    tells at each call; or, within `frozen`, at the first. bfloat16 is computed by AMX (`low`), or else in
+    float32; images, means and losses are float32 in both.
     """
+
+    vouched: object | None = None
 
     def __init__(self, model: Network) -> None:
         self.model = model
-        self._packed: dict[str, tuple[tuple, list[Tensor]]] = {}
+        self._packed: dict[str, _Packed] = {}
 
     @torch.no_grad()
     def denoise(self, x: Tensor) -> Tensor:
@@ -231,15 +243,26 @@ class CPURunner:
             names = [name for b in reversed(blocks) for name in (f"up{b}", f"dec{b}")]
         else:
             names = [*(f"enc{b}" for b in blocks), "mid"]
-        mine = {n: p for name in names for n, p in _named(name, getattr(self.model, name))}
-        stamp = torch.ops.fastphi.weights_stamp(list(mine.values()))
-        key = (stamp, *((p.data_ptr(), _version(p), p.dtype) for p in mine.values()))
+        modules = self.model._modules
+        tensors = [p for name in names for p in _tensors(modules[name])]
         name = f"{part} AMX" if low else f"{part} {_name(kind)}"
-        if name not in self._packed or self._packed[name][0] != key:
+        have = self._packed.get(name)
+        seen = self.vouched and (
+            self.vouched,
+            *map(Tensor.data_ptr, tensors),
+            *map(_version, tensors),
+        )
+        if have is not None and seen and have.seen == seen:
+            return have.tensors
+        checksum = _checksum(tensors)
+        if have is None or have.checksum != checksum:
             pack = self._pack_low if low else self._pack
-            mine = {n: p.detach() if low else p.detach().to(kind) for n, p in mine.items()}
-            self._packed[name] = (key, pack(mine, transposed=part == "transposed"))
-        return self._packed[name][1]
+            mine = {n: p.detach() for name in names for n, p in _named(name, modules[name])}
+            if not low:
+                mine = {n: p.to(kind) for n, p in mine.items()}
+            have = _Packed(pack(mine, transposed=part == "transposed"), checksum)
+        self._packed[name] = have._replace(seen=seen)
+        return have.tensors
 
     def _pack(self, parameters: dict[str, Tensor], transposed: bool) -> list[Tensor]:
         packed = []
@@ -285,8 +308,20 @@ class CPURunner:
         return [part for kernel, both in joined for part in (kernel, *both)]
 
 
+def _tensors(block: torch.nn.Module) -> list[Tensor]:
+    """A block's parameters, as its `parameters` (which take as long as a layer)."""
+    parts = (block, *block._modules.values())
+    return [p for part in parts for p in part._parameters.values() if p is not None]  # type: ignore[union-attr]
+
+
+def _checksum(tensors: list[Tensor]) -> int:
+    """Of every bit of them. Measured (EPYC, family 26, two threads): 54 GB/s, 0.5 ms for φ of the full
+    network, 20 µs for natural64-small."""
+    return torch.ops.fastphi.weights_checksum([*map(Tensor.contiguous, tensors)])
+
+
 def _named(name: str, block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A block's parameters, as its `named_parameters` (which takes as long as a layer)."""
+    """The same, with their names."""
     for kind, p in block._parameters.items():
         if p is not None:
             yield f"{name}.{kind}", p

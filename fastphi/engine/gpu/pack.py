@@ -24,6 +24,8 @@ class Weights(NamedTuple):
 class Packed:
     """A model's weights as the kernels read them: {"enc1.0": ..., "up3": ..., "dec3.0": ...}."""
 
+    vouched: object | None = None  # who vouches for the weights since they were last summed up
+
     def __init__(self, model: Network, dtype: torch.dtype, stamp: tuple) -> None:
         self.dtype, self.stamp = dtype, stamp
         self.layers = {
@@ -43,6 +45,11 @@ class Packed:
             for p in model.parameters()
         )
 
+    @staticmethod
+    def content(model: Network) -> tuple:
+        """A sum of every parameter's bits, each weighted by its place: waits for the GPU."""
+        return tuple(torch.stack([_content(p) for p in model.parameters()]).tolist())
+
     def fits(self, other: Packed) -> bool:
         """Whether the other's values can be written over these."""
         return [(t.shape, t.device) for t in self._tensors()] == [
@@ -57,6 +64,12 @@ class Packed:
     def _tensors(self) -> list[Tensor]:
         found = (t for w in self.layers.values() for t in (*w[:3], *w.library))
         return [t for t in found if t is not None]
+
+
+def _content(p: Tensor) -> Tensor:
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
+    bits = p.detach().contiguous().view(whole).flatten().long()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=p.device)).sum()
 
 
 def _pack(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -90,6 +90,8 @@ class GPURunner:
     dtype. Means are float32, images of x's dtype.
     """
 
+    vouched: object | None = None
+
     def __init__(self, model: Network) -> None:
         self.model = model
         self._packed: dict[torch.dtype, Packed] = {}
@@ -215,10 +217,19 @@ class GPURunner:
                 yield rows, plan
 
     def _pack(self, dtype: torch.dtype) -> Packed:
-        """The packed weights: made when first needed, made anew in place when a parameter changed."""
+        """The packed weights: made when first needed, made anew in place when a parameter changed, as
+        torch's version counter tells at every call, and their content at the first of a job (`frozen`)."""
         packed = self._packed.get(dtype)
         key = Packed.key(self.model)
-        if packed is not None and packed.stamp == key:
+        told = self.vouched is None or (packed is not None and packed.vouched is self.vouched)
+        if packed is not None and told and packed.stamp[0] == key:
+            return packed
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        key = (key, () if capturing else Packed.content(self.model))
+        if packed is not None and (
+            packed.stamp == key or (capturing and packed.stamp[0] == key[0])
+        ):
+            packed.vouched = None if capturing else self.vouched
             return packed
         if torch.cuda.is_available():
             not_captured("weights are packed")
@@ -231,6 +242,7 @@ class GPURunner:
             self._plans.clear()
             self._packed = {dtype: fresh} if packed is not None else self._packed | {dtype: fresh}
             packed = fresh
+        packed.vouched = self.vouched
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # plans on other streams read them next
         return packed

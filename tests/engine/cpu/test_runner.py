@@ -201,5 +201,5 @@ def test_the_operators_name_what_does_not_fit(make_model):
         unet_fwd(torch.zeros(1, 3, 8, 8), *network[:-1], network[-1][:-1], 0)
     with pytest.raises(RuntimeError, match="blocks: expected 0 .* got 9"):
         unet_fwd(torch.zeros(1, 3, 8, 8), *network, 9)
-    with pytest.raises(RuntimeError, match="packed: expected Double like the first argument"):
+    with pytest.raises(RuntimeError, match=r"packed\[0\]: expected Double like the first argument"):
         unet_fwd(torch.zeros(1, 3, 8, 8).double(), *network, 0)

@@ -1,0 +1,103 @@
+// What the runner asks of tensors before it trusts what it has packed or is given: whether the
+// weights are still the same, and whether an image's values are in range. One pass over memory
+// each.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "../operators.h"
+#include "launch.h"
+
+namespace fastphi {
+
+namespace {
+
+constexpr i64 PIECE = 1 << 16;  // bytes that one thread sums at a time
+constexpr int LANES = 8;
+constexpr uint64_t ODD = 0x9e3779b97f4a7c15u;
+
+// acc = acc * odd + word, in LANES at once. Odd numbers have inverses modulo 2^64: a change of one
+// word always changes the sum.
+uint64_t sum_of(const unsigned char* bytes, i64 size) {
+  uint64_t acc[LANES];
+  for (int l = 0; l < LANES; ++l) acc[l] = ODD * (2 * l + 1);
+  i64 at = 0;
+  for (; at + 8 * LANES <= size; at += 8 * LANES) {
+    uint64_t words[LANES];
+    std::memcpy(words, bytes + at, sizeof words);
+    for (int l = 0; l < LANES; ++l) acc[l] = acc[l] * ODD + words[l];
+  }
+  for (; at < size; at += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes + at, std::min<i64>(8, size - at));
+    acc[0] = acc[0] * ODD + word;
+  }
+  uint64_t all = static_cast<uint64_t>(size);
+  for (const uint64_t lane : acc) all = (all ^ lane ^ lane >> 32) * ODD;
+  return all;
+}
+
+}  // namespace
+
+// A number of the whole content of dense tensors, in their order: what `.data`, numpy, dlpack or a
+// fused optimiser change without telling torch's version counter changes it.
+int64_t weights_checksum(std::vector<Tensor> parameters) {
+  struct Piece {
+    const unsigned char* at;
+    i64 size;
+  };
+  std::vector<Piece> pieces;
+  for (const Tensor& p : parameters) {
+    check_storage(p, "parameters");
+    STD_TORCH_CHECK(p.device().type() == torch::headeronly::DeviceType::CPU && p.is_contiguous(),
+                    "parameters: expected dense CPU tensors");
+    const auto* bytes = static_cast<const unsigned char*>(p.const_data_ptr());
+    const i64 size = p.numel() * static_cast<i64>(p.element_size());
+    for (i64 at = 0; at < size; at += PIECE)
+      pieces.push_back({bytes + at, std::min(PIECE, size - at)});
+  }
+  std::vector<uint64_t> sums(pieces.size());
+  parallel(static_cast<i64>(pieces.size()), PIECE / 8, [&](i64 begin, i64 end) {
+    for (i64 i = begin; i < end; ++i) sums[i] = sum_of(pieces[i].at, pieces[i].size);
+  });
+  return static_cast<int64_t>(sum_of(reinterpret_cast<const unsigned char*>(sums.data()),
+                                     8 * static_cast<i64>(sums.size())));
+}
+
+// max |x|, NaN left out. By the bits, whose order is that of the numbers.
+double largest_magnitude(Tensor x) {
+  check_storage(x, "x");
+  STD_TORCH_CHECK(x.device().type() == torch::headeronly::DeviceType::CPU,
+                  "x: expected a CPU tensor");
+  const Tensor dense = torch::stable::contiguous(x);
+  const i64 n = dense.numel();
+  auto scan = [&](auto infinity) {
+    using Bits = decltype(infinity);  // signed, for which SSE2 can compare
+    const auto* at = static_cast<const Bits*>(dense.const_data_ptr());
+    Bits most = 0;
+    for (i64 i = 0; i < n; ++i) {
+      const Bits v = at[i] & std::numeric_limits<Bits>::max();  // without its sign
+      const Bits number = v > infinity ? 0 : v;
+      most = number > most ? number : most;
+    }
+    return most;
+  };
+  auto as = [](auto bits, auto number) {
+    static_assert(sizeof bits == sizeof number);
+    std::memcpy(&number, &bits, sizeof bits);
+    return static_cast<double>(number);
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return as(scan(int64_t{0x7ff0000000000000}), double{});
+    case ScalarType::Float:
+      return as(scan(int32_t{0x7f800000}), float{});
+    case ScalarType::BFloat16:
+      return as(static_cast<int32_t>(scan(int16_t{0x7f80})) << 16, float{});
+    default:
+      STD_TORCH_CHECK(false, "x: expected float32, float64 or bfloat16, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+}  // namespace fastphi
