@@ -40,12 +40,13 @@ def spatial_mean(y: Tensor) -> Tensor:
 _LOW = (torch.bfloat16, torch.float16)
 
 
+@torch.fx.wrap  # a symbolic trace has no dtype to look at
 def _lowered(h: Tensor, weight: Tensor) -> Tensor:
     """h in the dtype of low-precision weights: behind a norm it is float32."""
     return h.to(weight.dtype) if weight.dtype in _LOW else h
 
 
-@torch.fx.wrap  # a symbolic trace has no dtype to look at
+@torch.fx.wrap
 def _widened(z: Tensor) -> Tensor:
     """Statistics of low-precision activations are taken in float32."""
     return z.float() if z.dtype in _LOW else z
