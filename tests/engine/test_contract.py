@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastphi
 from fastphi import engine, ops, reference
 from fastphi.engine import contract
+from fastphi.engine.cpu import pack as cpu_pack
 from fastphi.unet import UNet
 
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
@@ -425,17 +426,9 @@ def test_frozen_looks_once_and_at_what_torch_sees(make_model, x):
 @pytest.mark.parametrize("job", ["extract", "match_phi", "sample", "reconstruct"])
 def test_jobs_look_once(make_model, x, job, monkeypatch):
     model, x = make_model(), x.float()
-    calls = []
-    monkeypatch.setattr(
-        engine.cpu.runner.CPURunner,
-        "_pack",
-        lambda *a, _pack=engine.cpu.runner.CPURunner._pack, **k: calls.append(1) or _pack(*a, **k),
-    )
     checksums = []
-    true = engine.cpu.runner._checksum
-    monkeypatch.setattr(
-        engine.cpu.runner, "_checksum", lambda t: checksums.append(len(t)) or true(t)
-    )
+    true = cpu_pack.checksum
+    monkeypatch.setattr(cpu_pack, "checksum", lambda t: checksums.append(len(t)) or true(t))
     if job == "extract":
         fastphi.extract(model, x, sigmas=[0.1, 0.2], draws=3, batch=1)
     elif job == "match_phi":

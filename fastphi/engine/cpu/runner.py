@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastphi.engine import ops
-from fastphi.engine.cpu import bf16
+from fastphi.engine.cpu import bf16, pack
 from fastphi.engine.network import Network
 
 if TYPE_CHECKING:
@@ -126,15 +125,6 @@ def _wide(t: Any) -> Any:
     return t.float() if t is not None and t.dtype == torch.bfloat16 else t
 
 
-class _Packed(NamedTuple):
-    """Parameters in the kernels' order; the checksum of those of the model, and, where they are vouched
-    for, who vouched, their addresses and versions."""
-
-    tensors: list[Tensor]
-    checksum: int
-    seen: Any = None
-
-
 class CPURunner:
     """The runner of the seam (`fastphi.engine.Runner`): a whole network, or match, per call.
 
@@ -147,7 +137,7 @@ class CPURunner:
 
     def __init__(self, model: Network) -> None:
         self.model = model
-        self._packed: dict[str, _Packed] = {}
+        self._packed: dict[str, pack.Packed] = {}
 
     @torch.no_grad()
     def denoise(self, x: Tensor) -> Tensor:
@@ -244,103 +234,27 @@ class CPURunner:
         else:
             names = [*(f"enc{b}" for b in blocks), "mid"]
         modules = self.model._modules
-        tensors = [p for name in names for p in _tensors(modules[name])]
+        tensors = [p for name in names for p in pack.tensors_of(modules[name])]
         name = f"{part} AMX" if low else f"{part} {_name(kind)}"
         have = self._packed.get(name)
         seen = self.vouched and (
             self.vouched,
             *map(Tensor.data_ptr, tensors),
-            *map(_version, tensors),
+            *map(pack.version, tensors),
         )
         if have is not None and seen and have.seen == seen:
             return have.tensors
-        checksum = _checksum(tensors)
+        checksum = pack.checksum(tensors)
         if have is None or have.checksum != checksum:
-            pack = self._pack_low if low else self._pack
-            mine = {n: p.detach() for name in names for n, p in _named(name, modules[name])}
+            made_of = pack.pack_low if low else pack.pack
+            mine = {n: p.detach() for name in names for n, p in pack.named(name, modules[name])}
             if not low:
                 mine = {n: p.to(kind) for n, p in mine.items()}
-            have = _Packed(pack(mine, transposed=part == "transposed"), checksum)
+            have = pack.Packed(made_of(mine, transposed=part == "transposed"), checksum)
         self._packed[name] = have._replace(seen=seen)
         return have.tensors
-
-    def _pack(self, parameters: dict[str, Tensor], transposed: bool) -> list[Tensor]:
-        packed = []
-        for name, weight in parameters.items():
-            layer, _, kind = name.rpartition(".")
-            if kind != "weight":
-                continue
-            none = weight.new_empty(0)
-            weight = weight.contiguous()
-            if layer.startswith("up"):
-                first = torch.ops.fastphi.pack_upsample_weights(weight)
-            else:
-                first = torch.ops.fastphi.pack_conv_weights(weight, _own(layer, weight), transposed)
-            rest = [parameters.get(f"{layer}.{kind}", none) for kind in ("bias", "gamma")]
-            packed += [first, *(p.contiguous() for p in rest)]
-        return packed
-
-    def _pack_low(self, parameters: dict[str, Tensor], transposed: bool) -> list[Tensor]:
-        layers = [n.removesuffix(".weight") for n in parameters if n.endswith(".weight")]
-        weights = {layer: parameters[f"{layer}.weight"] for layer in layers}
-        if transposed:
-            return bf16.together(
-                [bf16.transposed(w, first=layer == "enc1.0") for layer, w in weights.items()]
-            )
-        kernels, rest = [], []
-        image = f"dec1.{len(self.model.get_submodule('dec1')) - 1}"  # type: ignore[arg-type]
-        for layer, weight in weights.items():
-            up = layer.startswith("up")
-            if up:
-                first = bf16.upsample(weight)
-            elif layer == "enc1.0":
-                first = bf16.first(weight)
-            elif layer == image:
-                first = bf16.last(weight)
-            else:
-                first = bf16.conv(weight, _own(layer, weight))
-            none = torch.empty(0)
-            zeros = none if up else weight.new_zeros(weight.shape[0])
-            both = parameters.get(f"{layer}.bias", zeros), parameters.get(f"{layer}.gamma", none)
-            kernels.append(first)
-            rest.append([bf16.padded(p) for p in both])
-        joined = zip(bf16.together(kernels), rest, strict=True)
-        return [part for kernel, both in joined for part in (kernel, *both)]
-
-
-def _tensors(block: torch.nn.Module) -> list[Tensor]:
-    """A block's parameters, as its `parameters` (which take as long as a layer)."""
-    parts = (block, *block._modules.values())
-    return [p for part in parts for p in part._parameters.values() if p is not None]  # type: ignore[union-attr]
-
-
-def _checksum(tensors: list[Tensor]) -> int:
-    """Of every bit of them. Measured (EPYC, family 26, two threads): 54 GB/s, 0.5 ms for φ of the full
-    network, 20 µs for natural64-small."""
-    return torch.ops.fastphi.weights_checksum([*map(Tensor.contiguous, tensors)])
-
-
-def _named(name: str, block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The same, with their names."""
-    for kind, p in block._parameters.items():
-        if p is not None:
-            yield f"{name}.{kind}", p
-    for child, module in block._modules.items():
-        if module is not None:
-            yield from _named(f"{name}.{child}", module)
-
-
-def _own(layer: str, weight: Tensor) -> int:
-    """Input channels of the first source: a decoder block's first layer reads the up-sampled channels,
-    then as many of the skip's."""
-    cin = weight.shape[1]
-    return cin // 2 if layer.startswith("dec") and layer.endswith(".0") else cin
 
 
 def _depth(config: UNetConfig, block: str) -> int:
     """Resolution of a block: 0 is full, `config.blocks` that of the middle block."""
     return config.blocks if block == "mid" else int(block[3:]) - 1
-
-
-def _version(p: Tensor) -> int:
-    return 0 if p.is_inference() else p._version
