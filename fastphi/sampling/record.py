@@ -136,7 +136,7 @@ def run_settings(model: UNet, targets: Targets | None, plan: Plan) -> dict[str, 
     from fastphi.checkpoint import fingerprint  # needs safetensors, which `import fastphi` does not
 
     parameter = next(model.parameters())
-    like = parameter.new_empty(1, *plan.shape)
+    like = parameter.new_zeros(1, *plan.shape)
     return {
         "model": fingerprint(model),
         "engine": engine.pick(model, like).name,
