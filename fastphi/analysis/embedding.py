@@ -36,7 +36,10 @@ class Embedding(Result):
 
 
 def embedding(phi: Any, *, labels: ArrayLike | None = None, seed: int = 0) -> Embedding:
-    """t-SNE of φ (N, C) by cosine distance, from its principal components on."""
+    """t-SNE of φ (N, C) by cosine distance, from its principal components on.
+
+    Rows that are all the same (a dead middle block's zeros) have no map: all lie in one place.
+    """
     from sklearn.manifold import TSNE
 
     rows = finite(phi)
@@ -44,8 +47,11 @@ def embedding(phi: Any, *, labels: ArrayLike | None = None, seed: int = 0) -> Em
     rows = rows / np.where(
         norm > 0, norm, 1
     )  # Euclidean distance of unit rows orders as cosine does
+    labels = np.empty(0) if labels is None else np.asarray(labels)
+    if (rows == rows[0]).all():  # t-SNE would divide by their standard deviation, and crash on NaN
+        return Embedding(np.full((len(rows), 2), 0.5), labels)
     perplexity = min(30.0, (len(rows) - 1) / 3)
     places = TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(rows)
     low, high = places.min(axis=0), places.max(axis=0)
     places = (places - low) / np.where(high > low, high - low, 1)
-    return Embedding(places, np.empty(0) if labels is None else np.asarray(labels))
+    return Embedding(places, labels)

@@ -123,3 +123,10 @@ def test_the_map_keeps_planted_clusters_together():
     centre = np.array([result.places[labels == c].mean(0) for c in range(3)])
     distance = np.linalg.norm(result.places[:, None] - centre, axis=2)
     assert (distance.argmin(1) == labels).all()
+
+
+def test_the_map_of_rows_that_are_all_the_same():
+    """A dead middle block's: one place, not t-SNE's crash on NaN."""
+    from fastphi.analysis.embedding import embedding
+
+    assert (embedding(np.zeros((10, 5))).places == 0.5).all()
