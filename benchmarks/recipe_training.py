@@ -87,6 +87,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("closure: expected none, Muon takes the gradients that are there")
         for group in self.param_groups:
             for p in group["params"]:
                 state, momentum = self.state[p], group["momentum"]

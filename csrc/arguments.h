@@ -156,14 +156,6 @@ inline NoisyImages check_noisy_image(Device device, const Tensor& images,
           out.mutable_data_ptr()};
 }
 
-// On the CPU alone, as check_words.
-inline void check_updates(const Tensor& updates) {
-  const int64_t* made = data<int64_t>(updates);
-  for (i64 i = 0; i < updates.numel(); ++i)
-    STD_TORCH_CHECK(made[i] >= 0, "updates: expected numbers >= 0, got ", made[i], " for image ",
-                    i);
-}
-
 // The arguments of match_loss as the kernels take them: phi, target, d_r (N, C), weight (C,),
 // settings (3,), losses (T, N), all else (N,).
 inline MatchLoss check_match_loss(Device device, const Tensor& phi, const Tensor& target,
@@ -187,7 +179,7 @@ inline MatchLoss check_match_loss(Device device, const Tensor& phi, const Tensor
   expect(converged, "converged", ScalarType::Int, {n});
   expect(d_r, "d_r", ScalarType::Float, {n, c});
   expect(d_s, "d_s", ScalarType::Float, {n, 1});
-  if (device == Device::CPU) check_updates(updates);
+  if (device == Device::CPU) check_words(updates, "updates");
   return {n,
           losses.sizes()[0],
           static_cast<int>(c),

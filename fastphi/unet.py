@@ -84,11 +84,8 @@ class UNet(nn.Module):
     the modules are called.
     """
 
-    WALK: ClassVar[tuple[str, ...]] = (
-        "walk",
-        "walk_means",
-        "_blocks",
-    )  # what an engine stands in for
+    # what an engine stands in for
+    WALK: ClassVar[tuple[str, ...]] = ("walk", "walk_means", "_blocks")
 
     def __init__(self, config: UNetConfig | None = None, *, backend: str = "auto") -> None:
         super().__init__()

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../arguments.h"
 #include "interrupt.h"
 #include "launch.h"
 #include "network.h"
@@ -49,15 +50,8 @@ struct MatchTensors {
     check_shape(losses, "losses", {max_iter + 1, n}, &x);
     check_shape(target, "target", {n, c}, &x);
     check_shape(weight, "weight", {c}, &x);
-    const auto expect = [&](const Tensor& t, const char* name, ScalarType dtype) {
-      STD_TORCH_CHECK(t.scalar_type() == dtype && shape_of(t) == Shape{n} && t.is_contiguous() &&
-                          t.device().type() == torch::headeronly::DeviceType::CPU,
-                      name, ": expected a dense CPU tensor (", n, ",) of ",
-                      torch::headeronly::toString(dtype));
-      check_storage(t, name);
-    };
-    expect(updates, "updates", ScalarType::Long);
-    expect(active, "active", ScalarType::Bool);
+    fastphi::check(updates, "updates", Device::CPU, x, {ScalarType::Long}, {n});
+    fastphi::check(active, "active", Device::CPU, x, {ScalarType::Bool}, {n});
     STD_TORCH_CHECK(
         0 <= start && 0 <= steps && start <= max_iter + 1 && steps <= max_iter + 1 - start,
         "start, steps: expected a part of the ", max_iter + 1, " rows of losses, got ", start, ", ",

@@ -159,13 +159,15 @@ def frozen(model: Network) -> Iterator[None]:
     """Vouches that the model's weights do not change inside, so that they are looked at once.
 
     Outside, each call of an engine sums them all up, to see what torch does not tell: a write through
-    `.data`, numpy or dlpack, or by a fused optimiser. Jobs (extract, match_phi, reconstruct, sample, the
-    analyses) vouch by themselves. What it saves: docs/contract.md. An assignment or an in-place
+    `.data`, numpy or dlpack, or by a fused optimiser. Jobs (extract, match_phi, reconstruct, sample,
+    targets) vouch by themselves. What it saves: docs/contract.md. An assignment or an in-place
     operation that torch sees is found inside, too.
 
     >>> with fastphi.frozen(model):
     ...     phis = [model.phi(image) for image in images]
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a fastphi.UNet, got {type(model).__name__}")
     if model in _vouched:  # within another
         yield
         return

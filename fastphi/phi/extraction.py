@@ -76,16 +76,29 @@ def extract(
     job = _job(model, images, indices, blocks, draws, seed, dtype)
     _check_workers(model, workers)
     levels = _levels(sigmas, model)
-    manifest = _manifest(job, levels, None if indices is None else job.indices)
-    if out is None:
-        return _extract_in_memory(job, manifest, levels, batch, workers, progress)
-    out = Path(out)
+    given = None if indices is None else job.indices
+    with engine.frozen(model):  # the weights that the manifest names are those that are used
+        manifest = _manifest(job, levels, given)
+        if out is None:
+            return _extract_in_memory(job, manifest, levels, batch, workers, progress)
+        return _extract_to(Path(out), job, manifest, levels, given, batch, workers, progress)
+
+
+def _extract_to(
+    out: Path,
+    job: Job,
+    manifest: dict[str, Any],
+    levels: Sequence[float],
+    indices: np.ndarray | None,
+    batch: int,
+    workers: int,
+    progress: bool,
+) -> PhiStore:
     with files.locked(out, "extract"):
-        writer = Writer(out, manifest, None if indices is None else job.indices)
+        writer = Writer(out, manifest, indices)
         missing = PhiStore(out).missing()
         todo = {s: missing[s] for s in levels if s in missing}
-        running = contextlib.closing(_run(job, todo, batch, workers, progress))
-        with engine.frozen(model), running as chunks:
+        with contextlib.closing(_run(job, todo, batch, workers, progress)) as chunks:
             for sigma, rows, means in chunks:
                 writer.write(sigma, rows, means)
     return PhiStore(out)
@@ -106,11 +119,10 @@ def _extract_in_memory(
         for block, width in manifest["blocks"].items():
             arrays[phi_file(sigma, block)] = np.zeros((n, width), np.float32)
     todo = {sigma: np.arange(n) for sigma in levels}
-    with engine.frozen(job.model):
-        for sigma, rows, means in _run(job, todo, batch, workers, progress):
-            for block, values in means.items():
-                arrays[phi_file(sigma, block)][rows] = values
-            arrays[done_file(sigma)][rows] = 1
+    for sigma, rows, means in _run(job, todo, batch, workers, progress):
+        for block, values in means.items():
+            arrays[phi_file(sigma, block)][rows] = values
+        arrays[done_file(sigma)][rows] = 1
     return PhiStore.in_memory(manifest, arrays)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -80,19 +79,8 @@ def version(p: Tensor) -> int:
 
 
 def checksum(tensors: list[Tensor]) -> int:
-    """Of every bit of them. Measured (EPYC, family 26, two threads): 54 GB/s, 0.5 ms for φ of the full
-    network, 20 µs for natural64-small."""
+    """Of every bit of them. What it costs: docs/contract.md."""
     return torch.ops.fastphi.weights_checksum([*map(Tensor.contiguous, tensors)])
-
-
-def named(name: str, block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The same, with their names."""
-    for kind, p in block._parameters.items():
-        if p is not None:
-            yield f"{name}.{kind}", p
-    for child, module in block._modules.items():
-        if module is not None:
-            yield from named(f"{name}.{child}", module)
 
 
 def _own(layer: str, weight: Tensor) -> int:

@@ -247,9 +247,11 @@ class CPURunner:
         checksum = pack.checksum(tensors)
         if have is None or have.checksum != checksum:
             made_of = pack.pack_low if low else pack.pack
-            mine = {n: p.detach() for name in names for n, p in pack.named(name, modules[name])}
-            if not low:
-                mine = {n: p.to(kind) for n, p in mine.items()}
+            mine = {
+                n: p.detach() if low else p.detach().to(kind)
+                for block in names
+                for n, p in modules[block].named_parameters(block, remove_duplicate=False)
+            }
             have = pack.Packed(made_of(mine, transposed=part == "transposed"), checksum)
         self._packed[name] = have._replace(seen=seen)
         return have.tensors
