@@ -4,7 +4,9 @@
     python benchmarks/recipe_study.py --run muon   # one of them
     python benchmarks/recipe_study.py --table      # what there is so far, as Markdown
 
-Each gets 30 minutes of one thread's CPU time. Measured at 25, 50 and 100 % of it on natural64's 2,000
+Each gets 30 minutes of one thread's CPU time on the processor where the study began (an AVX-512 Xeon);
+on another, --budget says the time in which `base` makes as many steps there (a row keeps its budget: on
+an AVX2 EPYC 4170 s, 2.3 times as much). Measured at 25, 50 and 100 % of it on natural64's 2,000
 test images, and on 10,000 of its training images (their labels are not used in training), where the
 standard error is far smaller. The packs: fastphi pack natural64.npz DATA/natural64-train (and -test,
 with --split test). Results: a line per measurement in OUT/results.jsonl, all of them in RESULTS.
@@ -34,7 +36,7 @@ from fastphi.analysis.sparsity import participation_ratio
 from fastphi.analysis.stability import stability
 from fastphi.checkpoint import save
 from fastphi.phi.chunk import Job, Means, means_of
-from fastphi.support import files
+from fastphi.support import files, reading
 from fastphi.train import psnr
 from fastphi.unet import UNet
 
@@ -158,7 +160,7 @@ class Study:
         self.out, self.results, self.budget = out, results, budget
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.lines.exists() and results.exists():  # of a machine that is gone
-            known = files.read_json(results, "results")["rows"]
+            known = reading.json(results, "results")["rows"]
             self.lines.write_text("".join(json.dumps(row) + "\n" for row in known))
 
     @property
@@ -189,7 +191,7 @@ class Study:
     def publish(self) -> None:
         facts = {"fastphi": fastphi.__version__, "torch": torch.__version__, "threads": 1}
         recipes = {name: asdict(recipe) for name, recipe in RECIPES.items()}
-        about = {"machine": facts, "budget_seconds": self.budget, "recipes": recipes}
+        about = {"machine": facts, "budget_seconds": BUDGET, "recipes": recipes}
         try:
             files.write_json(self.results, about | {"rows": self.rows()})
         except OSError as error:  # the tree may be away for a moment; the lines are safe
@@ -210,6 +212,7 @@ class Study:
             if self._missing(name, share):
                 save(model, folder / f"model-{round(100 * share)}.safetensors")
                 facts = {"seconds": training.seconds, "images": training.seen}
+                facts["budget"] = self.budget
                 losses = training.losses[-20:]
                 self._add(name, share, model, steps=training.steps, losses=losses, **facts)
 
@@ -261,7 +264,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of CPU time")
     options = parser.parse_args()
     if options.table:
-        print("\n".join(table(files.read_json(options.results, "results")["rows"])))
+        print("\n".join(table(reading.json(options.results, "results")["rows"])))
         return
     torch.set_num_threads(1)
     study = Study(options.data, options.out, options.results, options.budget)

@@ -8,6 +8,7 @@ order); the compiled op gives the same ones, faster.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from fastphi.support import validate
 # different purposes never share a counter.
 _PURPOSES = ("order", "sigma", "train", "evaluate", "extract", "start", "step", "target", "subset")
 _INDEX_BITS = 24
+_MOST = 2**32 - 1  # a counter of Philox is a word of 32 bits
 
 
 def stream(purpose: str, index: int = 0) -> int:
@@ -46,13 +48,8 @@ def normal(
     Returns (N, C, H, W): float32 values (then converted to `dtype`), |z| < 5.8.
     """
     validate.seed(seed)
-    sample = torch.as_tensor(sample, dtype=torch.int64).cpu().reshape(-1)
-    draw = torch.as_tensor(draw, dtype=torch.int64).cpu().expand(sample.shape).contiguous()
-    for name, value in (("sample", sample), ("draw", draw)):
-        if len(value) and not 0 <= int(value.min()) <= int(value.max()) < 1 << 32:
-            raise ValueError(
-                f"{name}: ids must be in [0, 2^32), got {value.min()} ... {value.max()}"
-            )
+    sample = torch.from_numpy(_ids(sample, "sample"))
+    draw = torch.from_numpy(_ids(draw, "draw")).expand(sample.shape).contiguous()
     if torch.device(device).type == "cuda" and ops.missing("cuda") is None:
         sample, draw = sample.to(device), draw.to(device)  # made there, to the same bits
     make = reference.noise_normal if ops.missing() else ops.noise_normal
@@ -72,8 +69,19 @@ def permutation(seed: int, n: int, stream: int = 0, draw: int = 0) -> np.ndarray
 
 def _words(seed: int, sample: np.ndarray, stream: int, draw: int) -> np.ndarray:
     validate.seed(seed)
-    sample = np.asarray(sample, np.int64).reshape(-1)
+    sample = _ids(sample, "sample")
+    draw = validate.integer(draw, "draw", low=0, high=_MOST)
     words = reference.philox(
         seed, np.zeros_like(sample), np.full_like(sample, draw), stream, sample
     )
     return words[:, 0] << np.uint64(32) | words[:, 1]
+
+
+def _ids(values: Any, name: str) -> np.ndarray:
+    """Whole numbers in [0, 2^32), of any shape, as (n,) int64."""
+    values = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if values.size and values.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected whole numbers, got {values.dtype}")
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) <= _MOST:
+        raise ValueError(f"{name}: ids must be in [0, 2^32), got {values.min()} ... {values.max()}")
+    return values.astype(np.int64).reshape(-1)

@@ -68,6 +68,7 @@ def mini_batch_kmeans(
     from sklearn.cluster import MiniBatchKMeans
 
     n = len(rows)
+    validate.integer(k, "k", low=1, high=min(n, _BATCH))
     rng = np.random.default_rng(seed)
     trial = _some(rows, rng.permutation(n)[:_BATCH])
     best, least = None, np.inf

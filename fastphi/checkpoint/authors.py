@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastphi.config import TrainingInfo, UNetConfig
-from fastphi.support import validate
+from fastphi.support import reading, validate
 from fastphi.unet import UNet
 
 WEIGHTS, ARGUMENTS = FILES = ("model.pt", "exp_arguments.pkl")
@@ -103,18 +102,15 @@ def _check_opcodes(content: bytes) -> None:
 
 def read_arguments(path: Path) -> dict[str, Any]:
     """The pickled dict of plain values (a torch.device comes out as its name)."""
-    content = path.read_bytes()
-    if len(content) > _MAX_ARGUMENTS:
-        raise ValueError(f"{path}: {len(content)} bytes; a file of arguments has a few thousand")
-    try:
-        _check_opcodes(content)
-        found = _Unpickler(io.BytesIO(content)).load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: refused, {error}; only plain values and a torch.device are read"
-        ) from None
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise ValueError(f"{path}: unreadable pickle ({type(error).__name__}: {error})") from None
+    content = reading.content(path, "folder", most=_MAX_ARGUMENTS)
+    with reading.whole(path, "a readable pickle", "folder"):
+        try:
+            _check_opcodes(content)
+            found = _Unpickler(io.BytesIO(content)).load()
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"refused, {error}; only plain values and a torch.device are read"
+            ) from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{path}: expected a dict of arguments, got {type(found).__name__}")
     return found
@@ -168,19 +164,9 @@ def _training_info(arguments: dict[str, Any], path: Path) -> TrainingInfo:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict, without `module.` before its names."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old file formats
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own text tells how to switch the protection off
-        raise ValueError(
-            f"{path}: refused, it is damaged or holds more than tensors and plain values"
-        ) from None
-    except Exception as error:  # a damaged file can fail in any way
-        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-        raise ValueError(f"{path}: not a readable state dict ({reason:.200})") from None
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}")
+    state = reading.torch_file(path, "a readable state dict", "folder")
+    if not state:
+        raise ValueError(f"{path}: expected a state dict, got an empty one")
     out: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = str(key).removeprefix("module.")

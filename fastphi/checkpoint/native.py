@@ -16,14 +16,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from fastphi.checkpoint import authors
 from fastphi.config import TrainingInfo, UNetConfig
-from fastphi.support import files, validate
+from fastphi.support import files, reading, validate
 from fastphi.unet import UNet
 
 log = logging.getLogger("fastphi")
@@ -118,22 +117,12 @@ def fingerprint(model: UNet) -> str:
 
 def _read(path: Path) -> tuple[UNetConfig, TrainingInfo, dict[str, Tensor]]:
     """Configuration, training information and parameters of our own file."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            # Cloned: the file's own tensors are views of a mapping, gone or changed if the file is.
-            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"path: {path} is not a whole safetensors file ({error})") from None
+    metadata, tensors = reading.safetensors_file(path, "path")
     if _KEY not in metadata:
         raise ValueError(f"path: {path} is a safetensors file without a configuration of fastphi")
-    try:
-        description = json.loads(metadata[_KEY])
+    with reading.whole(path, "a model of fastphi: its configuration is damaged", "path"):
+        description = reading.json_object(metadata[_KEY])
         version = description["format"]
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(
-            f"path: {path} has a damaged configuration {metadata[_KEY]!r:.80}"
-        ) from None
     if version != FORMAT:
         raise ValueError(
             f"path: {path} has format {version!r}, this version of fastphi reads {FORMAT}; "

@@ -13,7 +13,7 @@ import torch
 import fastphi
 from fastphi import data, targets
 from fastphi.analysis.neighbours import nearest
-from fastphi.support import files, plots, validate
+from fastphi.support import files, plots, reading, validate
 
 
 def neighbours_command(
@@ -26,6 +26,7 @@ def neighbours_command(
     picture: Path | None,
 ) -> dict[str, Any]:
     """Neighbours of each query in φ, and in pixels where `images` is given, as plain values."""
+    check_picture(picture)
     if picture is not None and images is None:
         raise ValueError("picture: drawing neighbours needs --images, the pack of the store")
     opened = fastphi.PhiStore(store)
@@ -87,6 +88,7 @@ def reconstruct_command(
     **options: Any,
 ) -> None:
     """Build the target that was asked for, reconstruct, draw."""
+    check_picture(picture)
     if sum(source is not None for source in (images, phi, store)) != 1:
         raise ValueError("target: give exactly one of --images, --store and --phi")
     if zero_elsewhere and channels is None:
@@ -109,8 +111,11 @@ def reconstruct_command(
         if how or indices or target_sigma is not None:
             raise ValueError("phi: --combine, --indices and --target-sigma do not go with --phi")
         assert phi is not None
-        values = torch.from_numpy(np.load(phi, allow_pickle=False))
-        target = targets.fixed(values.to(loaded.mid[0].weight), copies=copies)  # type: ignore
+        values = reading.array(phi, "phi", mode="read")
+        if values.dtype.kind not in "fiu":
+            raise ValueError(f"phi: {phi} is {values.dtype}, expected real numbers")
+        wanted = torch.from_numpy(values.astype(float)).to(next(loaded.parameters()))
+        target = targets.fixed(wanted, copies=copies)
     if channels is not None:
         target = target.with_channels(channels, zero_elsewhere=zero_elsewhere)
     result = fastphi.reconstruct(loaded, target, save=out, progress=True, **_ends(options))
@@ -141,7 +146,7 @@ def analyze_command(
     loaded = fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend)
     given = {name: value for name, value in options.items() if value is not None}
     settings = replace(QUICK if quick else Settings(), **given)
-    with files.locked(out, "analyze"):
+    with files.locked(out, "out", mark="study.json"):
         study = Study(loaded, images, out, settings, training=training, progress=True)
         results = study.run(stages)
         page = report.write(study, results)
@@ -161,6 +166,7 @@ def sample_command(
     **options: Any,
 ) -> None:
     """Sample, draw."""
+    check_picture(picture)
     loaded = fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend)
     result = fastphi.sample(loaded, n, save=out, progress=True, **_ends(options))
     print(f"{out}: {len(result)} images")
@@ -177,6 +183,19 @@ def _ends(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"sigma_0": first, "sigma_last": last}
 
 
+def check_picture(picture: Path | None) -> None:
+    """ValueError where matplotlib writes no such file: before the work, not after it."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if picture is not None and _suffix(picture) not in known:
+        raise ValueError(f"picture: expected one of .{', .'.join(sorted(known))}; got {picture}")
+
+
+def _suffix(picture: str | os.PathLike[str]) -> str:
+    return Path(picture).suffix.lstrip(".").lower() or "png"
+
+
 def _save_grid(picture: str | os.PathLike[str], rows: list[Any], labels: list[str]) -> None:
     from matplotlib.figure import Figure
 
@@ -184,4 +203,4 @@ def _save_grid(picture: str | os.PathLike[str], rows: list[Any], labels: list[st
     figure = Figure(figsize=(1 + columns, len(rows)), layout="constrained")
     plots.images(figure.subplots(), rows, labels)
     with files.atomic_write(picture) as temporary:
-        figure.savefig(temporary, dpi=150, format=Path(picture).suffix.lstrip(".") or "png")
+        figure.savefig(temporary, dpi=150, format=_suffix(picture))

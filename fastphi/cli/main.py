@@ -5,6 +5,8 @@ Errors a user can mend end with one line and exit code 2, Ctrl-C with 130; no ha
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import logging
 import os
@@ -233,6 +235,7 @@ COMMANDS = (pack, train, extract, neighbours, reconstruct, sample, analyze, doct
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `fastphi`."""
+    _make_printable()
     logging.basicConfig(format="fastphi: %(message)s", level=logging.INFO)
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--version"]:
@@ -245,6 +248,9 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("fastphi: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except MemoryError as error:
+        print(f"fastphi: error: not enough memory ({_one_line(error)})", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("FASTPHI_TRACEBACK"):
             raise
@@ -255,7 +261,41 @@ def main(arguments: list[str] | None = None) -> None:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+_WORDS = str.maketrans(
+    {
+        "φ": "phi",
+        "σ": "sigma",
+        "ā": "a",
+        "∇": "grad ",
+        "×": "x",
+        "−": "-",
+        "√": "sqrt ",
+        "…": "...",
+        "§": "sec. ",
+        "²": "^2",
+        "³": "^3",
+        "γ": "gamma",
+        "ε": "eps",
+        "β": "beta",
+    }
+)
+
+
+def _make_printable() -> None:
+    """On a terminal that lacks a character (LANG=C), a word or a ? stands for it, not an error."""
+
+    def replaced(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        text = error.object[error.start : error.end].translate(_WORDS)
+        return text.encode("ascii", "replace").decode(), error.end
+
+    codecs.register_error("fastphi", replaced)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fastphi")
 
 
 def _run(arguments: list[str]) -> None:

@@ -22,10 +22,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi.support import files, validate
+from fastphi.support import files, reading, validate
 
 FORMAT = "fastphi-images"
 VERSION = 1
+OUTPUTS = ("images.npy", "labels.npy", "items.jsonl", "skipped.jsonl")
+
+_FIELDS: dict[str, validate.Check] = {
+    "format": validate.text,
+    "version": validate.count,
+    "n": validate.count,
+    "size": validate.count,
+    "channels": validate.count,
+    "class_names": validate.optional(validate.each(validate.text)),
+    "mean": validate.each(validate.share),
+    "sha256": validate.sha256,
+    "source": validate.text,
+    "settings": validate.mapping,
+    "skipped": validate.mapping,
+    "decoder": validate.text,
+    "files": validate.table(validate.unsigned, OUTPUTS.__contains__),
+}
 
 
 class Images:
@@ -101,7 +118,7 @@ class PackedImages(Images):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.manifest = _manifest(self.path)
         for name, nbytes in self.manifest["files"].items():
             file = self.path / name
@@ -115,21 +132,14 @@ class PackedImages(Images):
                     "it was truncated or changed; pack again, elsewhere"
                 )
         n, size, channels = (self.manifest[k] for k in ("n", "size", "channels"))
-        self.images = np.load(self.path / "images.npy", mmap_mode="r")
-        if self.images.shape != (n, size, size, channels) or self.images.dtype != np.uint8:
-            raise ValueError(
-                f"pack {self.path}: images.npy is {self.images.dtype} {self.images.shape}, "
-                f"expected uint8 {(n, size, size, channels)}"
-            )
+        shape = n, size, size, channels
+        self.images = reading.array(self.path / "images.npy", "pack", like=(shape, np.uint8))
         self.shape = (channels, size, size)
         self.mean = tuple(self.manifest["mean"])
         self.class_names = self.manifest["class_names"]
         if "labels.npy" in self.manifest["files"]:
-            self.labels = np.load(self.path / "labels.npy")
-            if self.labels.shape != (n,):
-                raise ValueError(
-                    f"pack {self.path}: labels.npy has shape {self.labels.shape}, expected {(n,)}"
-                )
+            labels = self.path / "labels.npy"
+            self.labels = reading.array(labels, "pack", mode="read", like=((n,), np.int64))
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -246,14 +256,18 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"pack {path}: manifest.json is missing; "
             + ("the pack is unfinished, run it again" if unfinished else "this is not a pack")
         )
-    manifest = files.read_json(path / "manifest.json", f"pack {path}")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"pack {path}: manifest.json is not that of a {FORMAT} folder")
+    what = f"pack {path}"
+    manifest = reading.json(path / "manifest.json", "pack")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{what}: manifest.json is not that of a {FORMAT} folder")
     if manifest.get("version") != VERSION:
         raise ValueError(
-            f"pack {path}: format version {manifest.get('version')}, this fastphi reads {VERSION}"
+            f"{what}: format version {manifest.get('version')}, this fastphi reads {VERSION}"
         )
-    missing = {"n", "size", "channels", "mean", "class_names", "files", "sha256"} - manifest.keys()
-    if missing or "images.npy" not in manifest["files"]:
-        raise ValueError(f"pack {path}: manifest.json is incomplete: {sorted(missing) or 'files'}")
+    with reading.whole(path / "manifest.json", "that of a whole pack", "pack"):
+        validate.record(manifest, "it", _FIELDS)
+        if "images.npy" not in manifest["files"]:
+            raise ValueError("files: lacks images.npy")
+        if len(manifest["mean"]) != manifest["channels"]:
+            raise ValueError(f"mean: expected {manifest['channels']}, got {manifest['mean']}")
     return manifest

@@ -23,10 +23,9 @@ import PIL
 from PIL import features
 
 from fastphi.data import shards, sources
-from fastphi.data.images import FORMAT, VERSION, PackedImages
-from fastphi.support import files, validate
+from fastphi.data.images import FORMAT, OUTPUTS, VERSION, PackedImages
+from fastphi.support import files, reading, validate
 
-OUTPUTS = ("images.npy", "labels.npy", "items.jsonl", "skipped.jsonl")
 REASONS = ("unreadable", "truncated", "too small", "duplicate")
 
 logger = logging.getLogger("fastphi")
@@ -89,7 +88,7 @@ def pack(
     }
     parts = out / ".parts"
     if not _finished(out, settings) or parts.is_dir():
-        with files.locked(out, "pack"):
+        with files.locked(out, "out", mark="manifest.json"):
             if not _finished(out, settings):  # by whoever held the lock a moment ago
                 with _explained(out):
                     _begin(out, settings)
@@ -117,7 +116,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     }
     begun = out / ".parts" / "settings.json"
     if begun.is_file():
-        _compare(out, files.read_json(begun, f"out: {out}"), settings, "an unfinished pack")
+        _compare(out, reading.json(begun, "out"), settings, "an unfinished pack")
     else:
         foreign = [p.name for p in out.iterdir() if not p.name.startswith(".")]
         if foreign:
@@ -226,7 +225,8 @@ def _choose(
         kept, digests, left, reasons = shards.read(
             parts, start, "kept", "digests", "skipped", "reasons"
         )
-        skipped += zip((start + left).tolist(), json.loads(reasons.tobytes()), strict=True)
+        why = reading.json_value(reasons.tobytes())
+        skipped += zip((start + left).tolist(), why, strict=True)
         rows = []
         for row, (position, digest) in enumerate(zip(kept.tolist(), digests, strict=True)):
             earlier = first.setdefault(digest.tobytes(), start + position)

@@ -17,7 +17,6 @@ import signal
 import struct
 import threading
 import warnings
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from fastphi.data.sources import Payload, Source
-from fastphi.support import files
+from fastphi.support import files, reading
 
 SHARD = 1024  # source images per shard: about a second of decoding, which is what a kill can cost
 
@@ -155,13 +154,10 @@ def read(parts: Path, start: int, *names: str) -> list[np.ndarray]:
     """The named arrays of the shard that begins at source image `start`."""
     path = _part(parts, start)
     try:
-        with open(path, "rb") as f, np.load(f) as shard:
-            return [shard[name] for name in names]
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        return list(reading.Archive(path, "out").arrays(names).values())
+    except ValueError as error:
         path.unlink(missing_ok=True)
-        raise ValueError(
-            f"out: the shard {path} was damaged ({error}) and is removed; run it again"
-        ) from error
+        raise ValueError(f"{error}: this shard was damaged and is removed; run it again") from None
 
 
 def convert(payload: Payload, size: int, color: bool, allow_upscale: bool) -> np.ndarray:

@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import struct
-import zipfile
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
+
+from fastphi.support import reading
 
 SUFFIXES = frozenset(".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split())
 
@@ -50,13 +50,10 @@ def open_source(path: str | os.PathLike[str], split: str, key: str | None) -> So
         return _folder(path)
     if not path.exists():
         raise FileNotFoundError(f"source: no file or folder {path}")
-    try:
-        if path.suffix == ".npy":
-            return _npy(path)
-        if path.suffix == ".npz":
-            return _npz(path, split, key)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"source: {path} is not a whole {path.suffix} file ({error})") from None
+    if path.suffix == ".npy":
+        return _npy(path)
+    if path.suffix == ".npz":
+        return _npz(path, split, key)
     raise ValueError(f"source: expected a folder, an .npy or an .npz, got {path}")
 
 
@@ -94,17 +91,15 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 file = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # a dangling link is no image
-                    stat = file.stat()
-                    yield file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns
+                    found = file.stat()
+                    if stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                        yield file.relative_to(root).as_posix(), found.st_size, found.st_mtime_ns
 
 
 def _npy(path: Path) -> Source:
-    try:
-        array = np.load(path, mmap_mode="r")
-    except ValueError as error:
-        raise ValueError(f"source: {path} is not a readable .npy ({error})") from None
-    stat = path.stat()
-    return _array_source("npy", path, array, None, None, f"{stat.st_size} {stat.st_mtime_ns}")
+    array = reading.array(path, "source")
+    found = path.stat()
+    return _array_source("npy", path, array, None, None, f"{found.st_size} {found.st_mtime_ns}")
 
 
 def _array_source(
@@ -154,45 +149,42 @@ def _as_bytes(array: np.ndarray, start: int, path: Path) -> np.ndarray:
 
 
 def _npz(path: Path, split: str, key: str | None) -> Source:
-    with zipfile.ZipFile(path) as archive:
-        members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
-        encodings = [k for k in members if k.endswith(("_jpeg", "_webp"))]
-        if key is None and not encodings:
-            key = _image_key(path, archive)
+    archive = reading.Archive(path, "source")
+    encodings = [k for k in archive.names if k.endswith(("_jpeg", "_webp"))]
+    if key is None and not encodings:
+        key = _image_key(archive)
     if key is None:
-        return _encoded(path, members, split, encodings)
-    with np.load(path) as arrays:
-        if key not in members:
-            raise ValueError(
-                f"key: no array {key!r} in {path}; it has {', '.join(sorted(members))}"
-            )
-        used = [k for k in (key, "labels", "class_names") if k in members]
-        array = _member(path, members[key], arrays)
-        labels, class_names = _labels(arrays, "labels", len(array) if array.ndim else 0)
-    return _array_source("npz", path, array, labels, class_names, _checksums(members, used))
+        return _encoded(path, archive, split, encodings)
+    if key not in archive.names:
+        raise ValueError(
+            f"key: no array {key!r} in {path}; it has {', '.join(sorted(archive.names))}"
+        )
+    used = [k for k in (key, "labels", "class_names") if k in archive.names]
+    array = archive.array(key, mapped=True)
+    labels, class_names = _labels(archive, "labels", len(array) if array.ndim else 0)
+    return _array_source("npz", path, array, labels, class_names, archive.checksum(used))
 
 
-def _encoded(
-    path: Path, members: dict[str, zipfile.ZipInfo], split: str, encodings: list[str]
-) -> Source:
+def _encoded(path: Path, archive: reading.Archive, split: str, encodings: list[str]) -> Source:
     found = [k for k in encodings if k in (f"{split}_jpeg", f"{split}_webp")]
     if len(found) != 1:
         splits = ", ".join(sorted({k.rsplit("_", 1)[0] for k in encodings}))
         raise ValueError(f"split: expected one of {splits} for {path}, got {split!r}")
-    with np.load(path) as arrays:
-        if f"{split}_off" not in members:
-            raise ValueError(f"source: {path} has {found[0]} but no {split}_off")
-        offsets = arrays[f"{split}_off"]
-        buffer = _member(path, members[found[0]], arrays)
-        n = len(offsets) - 1
-        if n < 1 or (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > len(buffer):
-            raise ValueError(
-                f"source: {path}: {split}_off must hold N + 1 ascending offsets into the "
-                f"{len(buffer)} bytes of {found[0]}"
-            )
-        labels, class_names = _labels(arrays, f"{split}_label", n)
-        file = f"{split}_file"
-        names = [str(s) for s in arrays[file]] if file in members else [str(i) for i in range(n)]
+    file = f"{split}_file"
+    if f"{split}_off" not in archive.names:
+        raise ValueError(f"source: {path} has {found[0]} but no {split}_off")
+    offsets, buffer = archive.array(f"{split}_off"), archive.array(found[0], mapped=True)
+    whole = offsets.ndim == 1 and offsets.dtype.kind in "iu" and buffer.ndim == 1
+    n = len(offsets) - 1 if whole else 0
+    if n < 1 or (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > len(buffer):
+        raise ValueError(
+            f"source: {path}: {split}_off must hold N + 1 ascending offsets into the bytes of "
+            f"{found[0]}, {buffer.dtype} {buffer.shape}; it is {offsets.dtype} {offsets.shape}"
+        )
+    labels, class_names = _labels(archive, f"{split}_label", n)
+    names = [str(i) for i in range(n)]
+    if file in archive.names:
+        names = [str(s) for s in archive.array(file).reshape(-1)]
     if len(names) != n:
         raise ValueError(f"source: {path}: {file} has {len(names)} names for {n} images")
 
@@ -200,16 +192,12 @@ def _encoded(
         return [buffer[offsets[i] : offsets[i + 1]].tobytes() for i in range(start, stop)]
 
     used = [found[0], f"{split}_off", f"{split}_label", file, "class_names"]
-    fingerprint = _checksums(members, [k for k in used if k in members])
+    fingerprint = archive.checksum([k for k in used if k in archive.names])
     return Source("encoded", path, names, labels, class_names, fingerprint, payloads)
 
 
-def _image_key(path: Path, archive: zipfile.ZipFile) -> str:
-    arrays = {}
-    for member in archive.infolist():
-        with archive.open(member) as f, contextlib.suppress(ValueError):
-            shape, _, dtype = _header(f)
-            arrays[member.filename.removesuffix(".npy")] = (shape, dtype)
+def _image_key(archive: reading.Archive) -> str:
+    arrays = archive.headers()
     found = [
         key
         for key, (shape, dtype) in arrays.items()
@@ -218,24 +206,21 @@ def _image_key(path: Path, archive: zipfile.ZipFile) -> str:
     if len(found) != 1:
         listing = ", ".join(f"{key} {dtype}{shape}" for key, (shape, dtype) in arrays.items())
         raise ValueError(
-            f"key: expected one array of images in {path}, found {len(found)}; name one of: "
+            f"key: expected one array of images in {archive.path}, found {len(found)}; name one of: "
             f"{listing}"
         )
     return found[0]
 
 
-def _header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran order, and dtype of the .npy that begins here."""
-    if np.lib.format.read_magic(f) == (1, 0):
-        return np.lib.format.read_array_header_1_0(f)
-    return np.lib.format.read_array_header_2_0(f)
-
-
-def _labels(arrays: Any, key: str, n: int) -> tuple[np.ndarray | None, list[str] | None]:
-    names = [str(s) for s in arrays["class_names"]] if "class_names" in arrays.files else None
-    if key not in arrays.files:
+def _labels(
+    archive: reading.Archive, key: str, n: int
+) -> tuple[np.ndarray | None, list[str] | None]:
+    names = None
+    if "class_names" in archive.names:
+        names = [str(s) for s in archive.array("class_names").reshape(-1)]
+    if key not in archive.names:
         return None, names
-    labels = arrays[key]
+    labels = archive.array(key)
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"source: {key} is {labels.dtype} {labels.shape}, expected {n} whole numbers"
@@ -248,22 +233,3 @@ def _labels(arrays: Any, key: str, n: int) -> tuple[np.ndarray | None, list[str]
             + ("a class number" if names is None else f"one of the {len(names)} class_names")
         )
     return labels, names
-
-
-def _member(path: Path, info: zipfile.ZipInfo, arrays: Any) -> np.ndarray:
-    """An array of an .npz: mapped where it is stored uncompressed, else read into memory."""
-    if info.compress_type == zipfile.ZIP_STORED:
-        with open(path, "rb") as f:
-            f.seek(info.header_offset)
-            local = f.read(30)  # its last two shorts are the lengths of the name and an extra field
-            f.seek(sum(struct.unpack("<2H", local[26:30])), os.SEEK_CUR)
-            shape, fortran, dtype = _header(f)
-            if not dtype.hasobject and 0 not in shape:
-                return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
-    return arrays[info.filename.removesuffix(".npy")]
-
-
-def _checksums(members: dict[str, zipfile.ZipInfo], used: list[str]) -> str:
-    """The zip directory's own checksums: by content, and nothing needs to be read."""
-    entries = [(k, members[k].file_size, members[k].CRC) for k in used]
-    return hashlib.sha256(repr(entries).encode()).hexdigest()

@@ -22,7 +22,16 @@ from torch import Tensor
 
 from fastphi import __version__, checkpoint, data, engine
 from fastphi.phi.chunk import MAX_DRAWS, Job, Means, average, checked, means_of, plain, read
-from fastphi.phi.store import FORMAT, VERSION, PhiStore, Writer, done_file, phi_file, row_numbers
+from fastphi.phi.store import (
+    FORMAT,
+    VERSION,
+    PhiStore,
+    Writer,
+    done_file,
+    finished,
+    phi_file,
+    row_numbers,
+)
 from fastphi.support import files, processes, validate
 from fastphi.unet import UNet
 
@@ -81,7 +90,9 @@ def extract(
         manifest = _manifest(job, levels, given)
         if out is None:
             return _extract_in_memory(job, manifest, levels, batch, workers, progress)
-        return _extract_to(Path(out), job, manifest, levels, given, batch, workers, progress)
+        return _extract_to(
+            Path(out).absolute(), job, manifest, levels, given, batch, workers, progress
+        )
 
 
 def _extract_to(
@@ -94,7 +105,9 @@ def _extract_to(
     workers: int,
     progress: bool,
 ) -> PhiStore:
-    with files.locked(out, "extract"):
+    if finished(out, manifest):
+        return PhiStore(out)
+    with files.locked(out, "out", mark="manifest.json"):
         writer = Writer(out, manifest, indices)
         missing = PhiStore(out).missing()
         todo = {s: missing[s] for s in levels if s in missing}

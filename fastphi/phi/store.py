@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastphi.support import files, validate
+from fastphi.support import files, reading, validate
 
 FORMAT, VERSION = "fastphi-phi", 1
 _MANIFEST = "manifest.json"
-_FIELDS = ("rows", "indices", "sigmas", "draws", "blocks", "seed", "model", "data")
+_OLDER = ("fastphi", "engine", "dtype", "data_name")  # which the first stores lack
+_FIELDS: dict[str, validate.Check] = {
+    "format": validate.text,
+    "version": validate.count,
+    "fastphi": validate.text,
+    "model": validate.text,
+    "engine": validate.text,
+    "dtype": validate.text,
+    "data": validate.text,
+    "data_name": validate.text,
+    "rows": validate.count,
+    "indices": validate.optional(validate.sha256),
+    "sigmas": validate.each(validate.sigma),
+    "draws": validate.count,
+    "blocks": validate.table(validate.count, re.compile(r"(enc|dec)\d+|mid").fullmatch),
+    "seed": validate.seed,
+}
 
 
 def phi_file(sigma: float, block: str) -> str:
@@ -46,7 +63,7 @@ class PhiStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path: Path | None = Path(path)
+        self.path: Path | None = Path(path).absolute()
         self.manifest = _read_manifest(self.path)
         rows = self.manifest["rows"]
         for sigma in self.sigmas:
@@ -69,7 +86,7 @@ class PhiStore:
         """Opened when asked for: a map holds a file descriptor, and a store may have hundreds."""
         if self.path is None:
             return self._memory[name]
-        return np.load(self.path / name, mmap_mode="r")
+        return reading.array(self.path / name, "store")
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -160,6 +177,21 @@ def row_numbers(indices: Any, n: int, name: str = "indices") -> np.ndarray:
 # --- writing --------------------------------------------------------------------------------------
 
 
+def finished(path: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the store that is wanted is there whole: nothing is to be written, nor need it be possible.
+
+    ValueError where another one is there.
+    """
+    if not (path / _MANIFEST).exists():
+        if path.is_dir():
+            _only_ours(path)
+        return False
+    store = PhiStore(path)
+    _agree(store.manifest, manifest, path)
+    lacking = store.missing()
+    return all(s in store.sigmas and s not in lacking for s in manifest["sigmas"])
+
+
 class Writer:
     """Writes a store; hold `files.locked` on its folder. Goes on from what is there."""
 
@@ -175,7 +207,6 @@ class Writer:
             new = set(levels) - set(existing["sigmas"])
             self.manifest = existing | {"sigmas": levels}
         else:
-            _only_ours(path)
             new = set(manifest["sigmas"])
             if indices is not None:
                 with files.atomic_write(path / "indices.npy") as temporary:
@@ -191,12 +222,12 @@ class Writer:
     def write(self, sigma: float, rows: np.ndarray, means: Mapping[str, np.ndarray]) -> None:
         """Put {block: (n, C)} at `rows`, then mark them done."""
         for block, values in means.items():
-            array = np.load(self.path / phi_file(sigma, block), mmap_mode="r+")
+            array = reading.array(self.path / phi_file(sigma, block), "out", mode="r+")
             array[rows] = values
-            array.flush()
-        done = np.load(self.path / done_file(sigma), mmap_mode="r+")
+            array.flush()  # type: ignore[attr-defined]
+        done = reading.array(self.path / done_file(sigma), "out", mode="r+")
         done[rows] = 1
-        done.flush()
+        done.flush()  # type: ignore[attr-defined]
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: Any) -> None:
@@ -235,11 +266,14 @@ def _agree(existing: dict[str, Any], wanted: dict[str, Any], path: Path) -> None
 
 
 def _short(value: Any) -> str:
-    text = ", ".join(value) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        value = ", ".join(f"{block} of {width}" for block, width in value.items())
+    text = str(value)
     return text if len(text) <= 40 else f"{text[:16]}..."
 
 
 def _only_ours(path: Path) -> None:
+    files.refuse_foreign(path, "out", _MANIFEST)
     strange = [p.name for p in path.iterdir() if not p.name.startswith((".", "phi_", "done_"))]
     if strange := [name for name in strange if name != "indices.npy"]:
         raise ValueError(f"out: {path} is no φ store and holds other files ({strange[0]}, ...)")
@@ -248,27 +282,21 @@ def _only_ours(path: Path) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise FileNotFoundError(f"store: no folder {path}; make one with fastphi extract")
-    manifest = files.read_json(path / _MANIFEST, f"store {path}")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"store {path}: {_MANIFEST} is not that of a φ store")
+    what = f"store {path}"
+    manifest = reading.json(path / _MANIFEST, "store")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{what}: {_MANIFEST} is not that of a φ store")
     if manifest.get("version") != VERSION:
         raise ValueError(
-            f"store {path}: format version {manifest.get('version')}, this fastphi reads {VERSION}"
+            f"{what}: format version {manifest.get('version')}, this fastphi reads {VERSION}"
         )
-    if lacking := [name for name in _FIELDS if name not in manifest]:
-        raise ValueError(f"store {path}: {_MANIFEST} lacks {', '.join(lacking)}")
+    with reading.whole(path / _MANIFEST, "that of a whole φ store", "store"):
+        validate.record(manifest, "it", _FIELDS, _OLDER)
+        validate.sigmas(manifest["sigmas"])
     return manifest
 
 
 def _check(path: Path, name: str, shape: Sequence[int], dtype: Any) -> None:
-    try:
-        array = np.load(path / name, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise ValueError(f"store {path}: {name} is missing") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"store {path}: {name} is truncated or damaged ({error})") from None
-    if array.shape != tuple(shape) or array.dtype != dtype:
-        raise ValueError(
-            f"store {path}: {name} is {array.dtype} {array.shape}, "
-            f"expected {np.dtype(dtype)} {tuple(shape)}"
-        )
+    if not (path / name).exists():
+        raise ValueError(f"store {path}: {name} is missing")
+    reading.array(path / name, "store", like=(tuple(shape), dtype))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -96,7 +98,7 @@ def make_plan(
 ) -> Plan:
     """The plan of `sample` (targets None) or `reconstruct`. Raises ValueError or TypeError."""
     validate.choice(form, "form", ("schedule", "adaptive"))
-    n = validate.integer(n, "n", low=1)
+    n = validate.integer(n, "n", low=1, high=2**32)  # an id is one of 2^32
     if form == "schedule":
         for name, value in (("sigma_0", sigma_0), ("sigma_last", sigma_last)):
             if value is not None:
@@ -111,11 +113,13 @@ def make_plan(
     guidance.check_options(lr, max_iter, tolerance)
     if not isinstance(fixed_h, bool):
         raise TypeError(f"fixed_h: expected True or False, got {fixed_h!r}")
+    shape = _shape(model, size, targets)
+    _check_memory(n, shape)
     plan = Plan(
         form=form,
         seed=validate.seed(seed),
         samples=tuple(sample_ids(samples, n).tolist()),
-        shape=_shape(model, size, targets),
+        shape=shape,
         mean=_mean(model),
         sigmas=levels,
         h0=validate.number(h0, "h0", low=0, high=1, open_low=True),
@@ -188,6 +192,19 @@ def _shape(model: UNet, size: Any, targets: Targets | None) -> tuple[int, int, i
     h, w = (validate.integer(v, "size", low=1) for v in pair)
     validate.size((h, w), model.config)
     return model.config.image_channels, h, w
+
+
+def _check_memory(n: int, shape: tuple[int, int, int]) -> None:
+    """A result is held in memory: one that cannot be is refused before anything is made."""
+    needed, there = (
+        4 * n * math.prod(shape),
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+    if needed > there:
+        raise ValueError(
+            f"n: {n} images of {'x'.join(map(str, shape))} take {needed / 2**30:.1f} GiB, this machine has "
+            f"{there / 2**30:.1f}; make them in parts, by samples="
+        )
 
 
 def _mean(model: UNet) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from fastphi import engine
 from fastphi.engine import ops
 from fastphi.sampling.guidance import MatchResult
 from fastphi.sampling.plan import Plan
-from fastphi.sampling.result import TABLES, Reconstruction
-from fastphi.support import validate
+from fastphi.sampling.result import TABLES, Reconstruction, read
+from fastphi.support import files, validate
 from fastphi.targets.kinds import Targets
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Record:
         plan: Plan,
         device: torch.device,
         settings: dict[str, Any],
-        path: str | os.PathLike[str] | None,
+        path: Path | None,
     ) -> None:
         self.path, self.device, self.settings = path, device, settings
         self.samples, self.every = torch.tensor(plan.samples), plan.store_progress
@@ -108,7 +109,9 @@ class Record:
         )
 
     def store(self, state: State) -> None:
-        if self.path is not None and state.step != self._stored_step:
+        if self.path is None or files.is_stream(self.path):  # which takes the end result alone
+            return
+        if state.step != self._stored_step:
             self.result(state, finished=False).save(self.path)
             self._stored_step = state.step
 
@@ -147,13 +150,17 @@ def run_settings(model: UNet, targets: Targets | None, plan: Plan) -> dict[str, 
     }
 
 
-def earlier_run(
-    path: str | os.PathLike[str] | None, settings: dict[str, Any]
-) -> Reconstruction | None:
+def finished_run(path: Path | None, settings: dict[str, Any]) -> Reconstruction | None:
+    """The run stored at `path`, if it is finished: nothing is to be written."""
+    earlier = earlier_run(path, settings)
+    return earlier if earlier is not None and earlier.finished else None
+
+
+def earlier_run(path: Path | None, settings: dict[str, Any]) -> Reconstruction | None:
     """The run stored at `path`, None where there is none; ValueError where it is another run."""
-    if path is None or not os.path.exists(path):
+    if path is None or files.is_stream(path) or not path.exists():
         return None
-    earlier = Reconstruction.load(path)
+    earlier = read(path, "save")
     differing = list(_differences(earlier.settings, settings))
     if differing:
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastphi.support import files, validate
+from fastphi.support import files, reading, validate
 from fastphi.targets import Targets
 from fastphi.targets.images import mean_phi
 
@@ -99,38 +98,54 @@ class Reconstruction:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Reconstruction:
         """Read what `save` wrote, onto the CPU. ValueError where the file is not such a one."""
-        try:
-            header, arrays = _read(path)
-        except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)}: not a whole {FORMAT} file ({error})") from None
-        if header["version"] != VERSION:
-            raise ValueError(
-                f"{os.fspath(path)}: format version {header['version']}, this fastphi reads "
-                f"{VERSION}"
-            )
-        dtype = getattr(torch, header["settings"]["dtype"])
-        for name in ("images", "progress"):
-            if name in arrays:
-                arrays[name] = arrays[name].to(dtype)
+        return read(path, "path")
+
+
+def read(path: str | os.PathLike[str], name: str) -> Reconstruction:
+    """`Reconstruction.load` of a path that came as the argument `name`."""
+    expected = f"a whole {FORMAT} file"
+    archive = reading.Archive(path, name, expected)
+    with reading.whole(path, expected, name):
+        header, arrays = _parts(archive.arrays())
         return Reconstruction(settings=header["settings"], finished=header["finished"], **arrays)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    with open(path, "rb") as f:
-        archive = np.load(f, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("an array, not an .npz")
-        header = json.loads(str(archive["header"]))
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise ValueError("another format")
-        arrays = {
-            name: torch.from_numpy(archive[name]) for name in archive.files if name != "header"
-        }
-    n = len(arrays["images"])
-    for name in (*TABLES, "samples", "sigma_hat"):
-        if arrays[name].shape[-1] != n or (name in TABLES and arrays[name].dim() != 2):
-            raise ValueError(f"{name} has shape {tuple(arrays[name].shape)} for {n} images")
-    return header, arrays
+_FIELDS: dict[str, validate.Check] = {
+    "format": validate.text,
+    "version": validate.count,
+    "finished": validate.flag,
+    "settings": validate.mapping,
+}
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def _parts(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the arrays as tensors, each of the kind and shape that `Reconstruction` says."""
+    header = reading.json_object(str(arrays.pop("header")))
+    if header.get("format") != FORMAT:
+        raise ValueError("another format")
+    if header.get("version") != VERSION:
+        raise ValueError(f"format version {header.get('version')}, this fastphi reads {VERSION}")
+    validate.record(header, "its header", _FIELDS)
+    dtype = getattr(torch, validate.choice(header["settings"].get("dtype"), "dtype", _DTYPES))
+    n, (steps, *_) = len(arrays["images"]), arrays["sigma"].shape
+    shapes = {name: (steps, n) for name in TABLES} | {"samples": (n,), "sigma_hat": (n,)}
+    kinds = {"updates": np.int64, "converged": np.bool_, "samples": np.int64}
+    for name, shape in shapes.items():
+        got, kind = arrays[name], kinds.get(name, np.float64)
+        if got.shape != shape or got.dtype != kind:
+            raise ValueError(
+                f"{name} is {got.dtype} {got.shape}, expected {np.dtype(kind)} {shape}"
+            )
+    pictures = {name: arrays[name] for name in ("images", "progress") if name in arrays}
+    for name, values in pictures.items():
+        image = arrays["images"].shape
+        if values.dtype.kind != "f" or len(image) != 4 or values.shape[-4:] != image:
+            raise ValueError(f"{name} is {values.dtype} {values.shape} beside images {image}")
+    if unknown := arrays.keys() - shapes.keys() - pictures.keys():
+        raise ValueError(f"unknown arrays {', '.join(sorted(unknown))}")
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    return header, tensors | {name: tensors[name].to(dtype) for name in pictures}
 
 
 def _to_numpy(x: Tensor) -> np.ndarray:

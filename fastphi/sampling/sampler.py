@@ -7,9 +7,11 @@ image never depends on which others are made with it. `sample` is the loop witho
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,11 +29,12 @@ from fastphi.sampling.record import (
     StepInfo,
     check_run_options,
     earlier_run,
+    finished_run,
     progress_bar,
     run_settings,
 )
 from fastphi.sampling.result import Reconstruction
-from fastphi.support import validate
+from fastphi.support import files, validate
 from fastphi.targets import Targets
 
 if TYPE_CHECKING:
@@ -222,13 +225,17 @@ def run(
 ) -> Reconstruction:
     """Take the steps and keep their record; store the state, and go on from a stored one."""
     check_run_options(callback, save, save_every)
-    with engine.plain_mode(sampler.model, sampler.device):
+    path = None if save is None else Path(save).absolute()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(engine.plain_mode(sampler.model, sampler.device))
         settings = run_settings(sampler.model, sampler.targets, sampler.plan)
-        record = Record(sampler.plan, sampler.device, settings, save)
-        earlier = earlier_run(save, settings) if resume else None
+        record = Record(sampler.plan, sampler.device, settings, path)
+        if resume and (done := finished_run(path, settings)):
+            return record.result(record.restore(done), finished=True)
+        if path is not None and not files.is_stream(path):
+            stack.enter_context(files.owned(path, "save"))
+        earlier = earlier_run(path, settings) if resume else None
         state = sampler.start() if earlier is None else record.restore(earlier)
-        if earlier is not None and earlier.finished:
-            return record.result(state, finished=True)
         record.store(state)  # a path that cannot be written is found now, not after the first steps
         with progress_bar(sampler.plan, state.step, progress) as show:
             try:

@@ -15,7 +15,7 @@ from fastphi.analysis.common import Result, principal, untrained
 from fastphi.analysis.neighbours import distinct
 from fastphi.phi import PhiStore, extract
 from fastphi.sampling import Reconstruction, reconstruct
-from fastphi.support import files
+from fastphi.support import files, reading
 from fastphi.unet import UNet
 
 
@@ -77,7 +77,7 @@ class Material:
         training: Any = None,
         progress: bool = False,
     ) -> None:
-        self.model, self.images, self.out = model, data.open_images(images), Path(out)
+        self.model, self.images, self.out = model, data.open_images(images), Path(out).absolute()
         self.settings, self.progress = settings or Settings(), progress
         self.training = None if training is None else data.open_images(training)
         n = min(self.settings.images, len(self.images))
@@ -100,10 +100,11 @@ class Material:
         }
         path = self.out / "study.json"
         if path.exists():
-            known = files.read_json(path, "study")
+            known = reading.json(path, "out")
             if differ := [name for name in described if known.get(name) != described[name]]:
                 raise ValueError(f"out: {self.out} holds a study of another {', '.join(differ)}")
         else:
+            files.refuse_foreign(self.out, "out", "study.json")
             files.write_json(path, described)
 
     def _extract(self, name: str, model: UNet, rows: np.ndarray, **options: Any) -> PhiStore:

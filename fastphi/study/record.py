@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastphi.analysis.common import Result
-from fastphi.support import files
+from fastphi.support import files, reading
 
 
 def save(result: Result, path: str | os.PathLike[str]) -> None:
@@ -24,12 +24,14 @@ def save(result: Result, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str], kinds: Mapping[str, type[Result]]) -> Result:
     """Read what `save` wrote. kinds: the classes that may be in it, by name. ValueError otherwise."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        return _decode(json.loads(str(arrays.pop("structure"))), arrays, kinds)
-    except (KeyError, TypeError, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{os.fspath(path)}: not a whole result ({error}); delete it") from None
+    expected = "a whole result: delete it"
+    archive = reading.Archive(path, "out", expected)
+    with reading.whole(path, expected, "out"):
+        arrays = archive.arrays()
+        found = _decode(reading.json_value(str(arrays.pop("structure")), nan=True), arrays, kinds)
+        if not isinstance(found, Result):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
 
 
 def _encode(value: Any, arrays: dict[str, np.ndarray]) -> Any:

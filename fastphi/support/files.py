@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
+import logging
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+
+log = logging.getLogger("fastphi")
+
+# What a file system says that has no locks: NFS without its lock server, Lustre, some of FUSE.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, 524)  # 524: ENOTSUPP
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; move it there, synced, if the block succeeds.
+    """Give a temporary path; move it to `path`, synced, if the block succeeds.
 
-    On any error (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was.
+    On any error (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was. A link
+    stays one: the file that it names is the one that is replaced. A pipe or a device is written into.
     """
-    path = Path(path)
+    if is_stream(path):
+        with _streamed(Path(path)) as temporary:
+            yield temporary
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -37,6 +52,35 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is there and no file to replace, but a pipe or a device (/dev/stdout, too)."""
+    within = Path(path).absolute().parts[:2]
+    special = within in (("/", "dev"), ("/", "proc"))
+    return (os.path.exists(path) and not os.path.isdir(path)) and (
+        special or not os.path.isfile(path)
+    )
+
+
+@contextlib.contextmanager
+def _streamed(path: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fastphi-") as folder:
+        temporary = Path(folder) / (path.name or "output")
+        temporary.touch()
+        yield temporary
+        with open(temporary, "rb") as content, os.fdopen(_descriptor(path), "wb") as f:
+            shutil.copyfileobj(content, f)
+
+
+def _descriptor(path: Path) -> int:
+    """Of a stream; this process's own output is not opened anew, which would begin at its start."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None, closed, not a file
+            if os.path.samestat(os.stat(path), os.fstat(stream.fileno())):
+                stream.flush()
+                return os.dup(stream.fileno())
+    return os.open(path, os.O_WRONLY)
 
 
 def sync_directory(path: Path) -> None:
@@ -59,16 +103,6 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
         temporary.write_text(json.dumps(obj, indent=2) + "\n")
 
 
-def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """Read a JSON file; ValueError naming `what` where it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{what}: no file {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what}: {path} is not valid JSON ({error})") from None
-
-
 def sha256(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as f:
@@ -77,19 +111,73 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Hold `folder` for one writer; ValueError at once if another process holds it.
+_MARKS = {
+    "manifest.json": "a pack or a φ store",
+    "study.json": "a study",
+    "checkpoints": "a training run",
+}
 
-    The lock is the kernel's (flock), so it goes with the process however that ends.
+
+def refuse_foreign(folder: Path, what: str, mark: str) -> None:
+    """ValueError where the folder is an output of fastphi of another kind than the one with this mark."""
+    for other, kind in _MARKS.items():
+        if other != mark and (folder / other).exists():
+            raise ValueError(f"{what}: {folder} is {kind}; give another folder")
+
+
+# --- one writer ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], what: str, *, mark: str | None = None) -> Iterator[None]:
+    """Hold `folder`, made where it is not there, for one writer; ValueError at once if another does, or
+    where the folder is another kind of output than the one that has the file `mark`.
+
+    The lock is the kernel's, so it goes with the process however that ends. On a file system without
+    such locks it is a file that says who holds it; that of a dead process is taken over, on its own
+    machine. OSError, with the reason, where the folder cannot be written to.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{what}: {folder} is a file; give a folder")
+    if mark is not None:
+        refuse_foreign(folder, what, mark)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"{what}: another process is writing to {folder}; wait for it"
-            ) from None
+    with _held(folder / ".lock", f"{what}: another process is writing to {folder}; wait for it"):
         yield
+
+
+@contextlib.contextmanager
+def owned(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Hold one output file for one writer, in the same way; nothing stays beside it afterwards."""
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with _held(lock, f"{what}: another run is writing {path}; give another path"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # while it is held: whoever waits sees that it is gone
+
+
+@contextlib.contextmanager
+def _held(path: Path, taken: str) -> Iterator[None]:
+    try:
+        lock: Any = _acquire(filelock.FileLock(path), taken)
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks; a file stands for one", path.parent)
+        lock = _acquire(filelock.SoftFileLock(path.with_name(f"{path.name}.soft")), taken)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: Any, taken: str) -> Any:
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:  # an OSError, too
+        raise ValueError(taken) from None
+    return lock

@@ -65,8 +65,9 @@ def spread(
                     yield under_way.pop(future), future.result()
         except BrokenProcessPool:
             raise RuntimeError(
-                "a worker process died (out of memory?); what is written is kept: "
-                "run it again, with fewer workers or a smaller batch"
+                'a worker process died (does the script lack `if __name__ == "__main__":`? was the '
+                "process killed for memory?); what is written is kept: run it again, with that line, "
+                "or with fewer workers or a smaller batch"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

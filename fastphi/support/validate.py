@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,14 +123,17 @@ def sigmas(values: Any, name: str = "sigmas") -> tuple[float, ...]:
 
 
 def batch_sigma(value: Any, n: int, x: Tensor, name: str = "sigma") -> Tensor:
-    """σ > 0 as an (N, 1, 1, 1) tensor like x, from a number or a tensor of 1 or N values."""
+    """One σ or N of them, whose squares are normal numbers, as an (N, 1, 1, 1) tensor like x."""
     values = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     if values.numel() not in (1, n):
         raise ValueError(
             f"{name}: expected one noise level or one per image ({n}), got {values.numel()}"
         )
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
-        raise ValueError(f"{name}: the score needs finite noise levels > 0, got {value}")
+    low = math.sqrt(torch.finfo(x.dtype).smallest_normal)  # σ² below it is lost, (x̂ − x)/σ² is Inf
+    if not bool((torch.isfinite(values) & (values >= low)).all()):
+        raise ValueError(
+            f"{name}: the score in {x.dtype} needs finite noise levels of at least {low:.2g}, got {value}"
+        )
     return values.reshape(-1, 1, 1, 1)
 
 
@@ -152,3 +156,85 @@ def channel_subset(channels: Any, count: int, name: str = "channels") -> tuple[i
     if not out or len(set(out)) != len(out):
         raise ValueError(f"{name}: expected distinct channel numbers, at least one; got {out}")
     return out
+
+
+# --- what a file says of itself --------------------------------------------------------------------
+
+Check = Callable[[Any, str], Any]  # of a value and its name: TypeError or ValueError
+
+count: Check = partial(integer, low=1)
+unsigned: Check = partial(integer, low=0)
+share: Check = partial(number, low=0.0, high=1.0)
+
+
+def text(value: Any, name: str) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {value!r:.80}")
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r:.80}")
+    return value
+
+
+def sha256(value: Any, name: str) -> str:
+    """64 hexadecimal digits."""
+    if len(text(value, name)) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError(f"{name}: expected 64 hexadecimal digits, got {value!r:.80}")
+    return value
+
+
+def mapping(value: Any, name: str) -> Mapping[str, Any]:
+    """An object of a JSON file."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected an object, got {value!r:.80}")
+    return value
+
+
+def optional(check: Check) -> Check:
+    """Or None."""
+    return lambda value, name: None if value is None else check(value, name)
+
+
+def each(check: Check) -> Check:
+    """A list of such values."""
+
+    def checked(value: Any, name: str) -> None:
+        if not isinstance(value, list):
+            raise TypeError(f"{name}: expected a list, got {value!r:.80}")
+        for i, item in enumerate(value):
+            check(item, f"{name}[{i}]")
+
+    return checked
+
+
+def table(check: Check, keys: Callable[[str], Any]) -> Check:
+    """An object of such values, under names for which `keys` holds."""
+
+    def checked(value: Any, name: str) -> None:
+        for key, item in mapping(value, name).items():
+            if not keys(key):
+                raise ValueError(f"{name}: unknown name {key!r:.80}")
+            check(item, f"{name}.{key}")
+
+    return checked
+
+
+def record(
+    value: Any, name: str, fields: Mapping[str, Check], lacking: Collection[str] = ()
+) -> None:
+    """An object with these fields, each as its check wants it; those of `lacking` may be absent."""
+    found = mapping(value, name)
+    if missing := sorted(fields.keys() - found.keys() - set(lacking)):
+        raise ValueError(f"{name}: lacks {', '.join(missing)}")
+    if unknown := sorted(found.keys() - fields.keys()):
+        raise ValueError(
+            f"{name}: unknown {', '.join(unknown)[:200]}; is the file from a newer fastphi?"
+        )
+    for key, check in fields.items():
+        if key in found:
+            check(found[key], key)

@@ -62,7 +62,7 @@ def centroid(
 
 
 def fixed(phi: Any, copies: int = 1) -> Targets:
-    """A given φ*, (N, C) or (C,), at every noise level."""
+    """A given φ*, (N, C) or (C,) real numbers, at every noise level."""
     phi = torch.as_tensor(phi)
     return Table(None, (phi[None] if phi.dim() == 1 else phi)[None]).repeat(copies)
 

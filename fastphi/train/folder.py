@@ -10,15 +10,14 @@ import dataclasses
 import io
 import json
 import logging
-import pickle
-import zipfile
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastphi import checkpoint
-from fastphi.support import files
+from fastphi.support import files, reading, validate
 from fastphi.train.config import FREE
 from fastphi.train.process import World
 from fastphi.train.record import RunState
@@ -27,16 +26,39 @@ log = logging.getLogger("fastphi")
 FORMAT = 1
 
 
+def finished_elsewhere(run: RunState, world: World) -> bool:
+    """Whether the folder, which cannot be written to, holds this run at its end: every process to there."""
+
+    def find() -> dict[str, Any] | None:
+        out = run.config.out
+        if not out.is_dir() or os.access(out, os.W_OK):
+            return None
+        state = Checkpoints(out, run.config.keep).newest()
+        if state is not None and state["step"] >= run.steps:
+            _check_identity(run, state["identity"])
+            return state
+        return None
+
+    if (state := world.first(find)) is None:
+        return False
+    _restore(run, state)
+    return True
+
+
 def resume(run: RunState, world: World) -> None:
     """Every process to the newest checkpoint; the first starts the run where there is none."""
     state = world.first(lambda: _find(run))
     if state is not None:
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.step, run.seconds = state["step"], state["seconds"]
-    _put_steps(run)
+        _restore(run, state)
     if world.rank == 0 and run.step >= run.steps and not _model(run).exists():
         checkpoint.save(run.model, _model(run))
+
+
+def _restore(run: RunState, state: dict[str, Any]) -> None:
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step, run.seconds = state["step"], state["seconds"]
+    _put_steps(run)
 
 
 def save(run: RunState) -> None:
@@ -63,9 +85,9 @@ def _find(run: RunState) -> dict[str, Any] | None:
         _write_config(run)
         _save_checkpoint(run)
         return None
-    _check_identity(run, json.loads(state["identity"]))
+    _check_identity(run, state["identity"])
     _write_config(run)
-    here, there = run.environment, json.loads(state["environment"])
+    here, there = run.environment, state["environment"]
     if other := [f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k)]:
         log.warning("resuming elsewhere, not to the same bits: %s", ", ".join(other))
     if state["step"] < run.steps:
@@ -158,14 +180,18 @@ class Checkpoints:
     def newest(self) -> dict[str, Any] | None:
         """The newest whole checkpoint, on the CPU; None where there is none at all.
 
-        A broken one is passed over with a warning; ValueError where all are.
+        Each that cannot be read is passed over with a warning; ValueError where all are.
         """
         paths = self.paths()
         for path in reversed(paths):
             try:
-                return _read(path)
-            except _Broken as error:
-                log.warning("%s is broken (%s): going back to the one before", path, error)
+                state = _read(path)
+            except ValueError as error:
+                log.warning("%s: going back to the checkpoint before", error)
+                continue
+            if (version := state["format"]) != FORMAT:
+                raise ValueError(f"out: {path} has format {version!r}, this fastphi reads {FORMAT}")
+            return state
         if paths:
             raise ValueError(
                 f"out: no checkpoint in {self.folder} can be read; delete it, or choose another out"
@@ -173,20 +199,24 @@ class Checkpoints:
         return None
 
 
-class _Broken(Exception):
-    pass
+_WHAT = "a whole checkpoint"
+_FIELDS: dict[str, validate.Check] = {
+    "format": validate.count,
+    "step": validate.unsigned,
+    "seconds": validate.number,
+    "identity": validate.text,
+    "environment": validate.text,
+    "model": validate.mapping,
+    "optimizer": validate.mapping,
+}
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if bad := archive.testzip():
-                raise _Broken(f"wrong checksum of {bad}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise _Broken(str(error).split("\n")[0]) from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise _Broken("not a checkpoint of fastphi")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path}: format {state['format']}, this fastphi reads {FORMAT}")
-    return state
+    """What `_save_checkpoint` wrote, or what another version of it did."""
+    state = reading.torch_file(path, _WHAT, "out")
+    with reading.whole(path, _WHAT, "out"):
+        if state["format"] == FORMAT:
+            validate.record(state, "it", _FIELDS)
+            for name in ("identity", "environment"):
+                state[name] = reading.json_object(state[name])
+        return state

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from fastphi.support import files
+from fastphi.support import files, reading
 from fastphi.train import folder
 from fastphi.train.record import RunState
 
@@ -27,12 +27,12 @@ class Log:
         """Open to append, without lines after `step` and a line that a kill left half-written."""
         self.last: dict[str, Any] = {}
         if path.exists():
-            lines = path.read_bytes().splitlines(True)
+            lines = reading.lines(path)
             kept = [line for line in lines if _up_to(line, step)]
             if len(kept) < len(lines):
                 with files.atomic_write(path) as temporary:
                     temporary.write_bytes(b"".join(kept))
-            self.last = json.loads(kept[-1]) if kept else {}
+            self.last = reading.json_value(kept[-1], nan=True) if kept else {}
         self._file = open(path, "a")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ class Log:
 
 def _up_to(line: bytes, step: int) -> bool:
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+        return line.endswith(b"\n") and reading.json_value(line, nan=True)["step"] <= step
     except (ValueError, KeyError, TypeError):
         return False
 

@@ -10,6 +10,7 @@ torchrun --nproc-per-node 4 -m fastphi train ...; the batch is divided among the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import logging
@@ -100,19 +101,22 @@ class Trainer:
             raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}")
         if (images is None) == (config.data is None):
             raise ValueError("data: give either the path of a pack or images to the Trainer")
-        self.config, self.world = config, World.here()
+        # whatever folder is entered later, by a callback, say
+        self.config = config = dataclasses.replace(config, out=config.out.absolute())
+        self.world = World.here()
         self.images = data.open_images(config.data if images is None else images)
         self.split = self._split()
         self.device = config.find_device(self.world.local_rank)
         self.amp = config.mixed_precision(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # this generator, no device's
-            self.model = UNet(config.model, backend=config.backend).to(self.device)
+            model = UNet(config.model, backend=config.backend)
+        self.model = model.to(self.device, torch.float32)  # whatever torch's default is
         low, high = float(config.sigma_min or 0), config.sigma_max
         name = config.data.name if config.data else "images in memory"
         self.model.training_info = TrainingInfo(low, high, self.images.mean, name)
         with self._autocast():  # an engine that cannot serve says so now
-            x = torch.empty(0, device=self.device)
+            x = torch.empty(0, dtype=torch.float32, device=self.device)
             self.engine = engine.pick(self.model, x, gradient=True).name
         if config.tensorboard:
             try:
@@ -137,9 +141,11 @@ class Trainer:
         SIGTERM write a checkpoint of the last completed step first.
         """
         self.world.join(self.device)
+        if folder.finished_elsewhere(self.state, self.world):
+            return self.model
         with contextlib.ExitStack() as stack:
             if self.world.rank == 0:
-                stack.enter_context(files.locked(self.config.out, "out"))
+                stack.enter_context(files.locked(self.config.out, "out", mark="checkpoints"))
             stack.enter_context(deterministic())
             stack.enter_context(torch.enable_grad())
             self.state.environment = self._environment()

@@ -207,7 +207,7 @@ def test_damaged_files_are_named(model, tmp_path):
     with pytest.raises(ValueError, match="without a configuration"):
         load(path)
     safetensors.torch.save_file({"a": torch.ones(1)}, path, {"fastphi": "{"})
-    with pytest.raises(ValueError, match="damaged configuration"):
+    with pytest.raises(ValueError, match="configuration is damaged"):
         load(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere")
@@ -355,7 +355,7 @@ def test_authors_strange_state_dicts(tmp_path):
         with pytest.raises(ValueError, match=match):
             load(authors_folder(tmp_path, state=state))
     torch.save([1, 2], tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="expected a state dict, got list"):
+    with pytest.raises(ValueError, match="readable state dict .*expected a dict, got list"):
         load(tmp_path)
 
 
@@ -471,7 +471,7 @@ CASES = sorted(hostile("trap"))
 def test_hostile_arguments(tmp_path, case):
     folder, trap = authors_folder(tmp_path / "model"), tmp_path / "trap"
     (folder / "exp_arguments.pkl").write_bytes(hostile(str(trap))[case])
-    with pytest.raises(ValueError, match=r"exp_arguments\.pkl: ") as error:
+    with pytest.raises(ValueError, match=r"exp_arguments\.pkl( is not|: )") as error:
         load(folder)
     assert not trap.exists() and "\n" not in str(error.value)
 
@@ -526,7 +526,9 @@ def test_hostile_weights_saved_by_torch(tmp_path, new):
         torch.save(
             state | {"mid.0.bias": value}, folder / "model.pt", _use_new_zipfile_serialization=new
         )
-        with pytest.raises(ValueError, match=r"model\.pt: refused"):
+        with pytest.raises(
+            ValueError, match=r"model\.pt is not .*more than tensors and plain values"
+        ):
             load(folder)
         assert not trap.exists()
 

@@ -507,7 +507,7 @@ def test_out_with_other_files_is_left_alone(folder, tmp_path):
         (np.zeros((2, SIZE, SIZE), np.int32), "int32; expected uint8"),
         (np.full((2, SIZE, SIZE), 255.0), "in .255, 255."),
         (np.full((2, SIZE, SIZE), np.nan), r"expected \[0, 1\]"),
-        (np.array([{}, {}], object), "not a readable"),
+        (np.array([{}, {}], object), "not a whole .npy .an array of object"),
     ],
 )
 def test_wrong_arrays(tmp_path, array, message):
@@ -570,7 +570,7 @@ def test_broken_packs_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="version 99"):
         PackedImages(out)
     (out / "manifest.json").write_text(json.dumps({**header, "version": VERSION}))
-    with pytest.raises(ValueError, match="incomplete"):
+    with pytest.raises(ValueError, match="lacks channels, class_names"):
         PackedImages(out)
 
 
