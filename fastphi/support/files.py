@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,12 @@ def _held(path: Path, taken: str) -> Iterator[None]:
 
 
 def _acquire(lock: Any, taken: str) -> Any:
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:  # an OSError, too
-        raise ValueError(taken) from None
+    with warnings.catch_warnings(record=True) as told:  # of a file that stands for a lock
+        warnings.simplefilter("always")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:  # an OSError, too
+            raise ValueError(taken) from None
+    for warning in told:
+        log.warning("%s: %s", lock.lock_file, warning.message)
     return lock

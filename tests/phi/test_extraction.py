@@ -443,3 +443,28 @@ def test_a_full_disk_is_an_error_before_any_work_and_the_store_goes_on(
         extract(model, images, out, sigmas=[0.1, 0.5], draws=2),
         extract(model, images, sigmas=[0.1, 0.5], draws=2),
     )
+
+
+def test_a_script_without_its_main_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import fastphi, torch\n"
+        "x = torch.rand(4, 3, 16, 16)\n"
+        "m = fastphi.UNet(fastphi.UNetConfig(channels=(4, 8)))\n"
+        "fastphi.extract(m, x, 'phi', sigmas=[0.1], draws=1, batch=2, workers=2)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and 'does the script lack `if __name__ == "__main__":`?' in last
+
+
+def test_what_differs_is_said_where_it_differs(model, images, tmp_path):
+    extract(model, images, tmp_path, sigmas=[0.5], draws=1)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"mid": 8', '"mid": 9'))
+    with pytest.raises(ValueError, match=r"\(7, 8\), expected float32 \(7, 9\)"):
+        PhiStore(tmp_path)
+    for name in tmp_path.glob("phi_*.npy"):
+        np.save(name, np.zeros((N, 9), np.float32))
+    with pytest.raises(ValueError, match="blocks .there mid of 9, now mid of 8"):
+        extract(model, images, tmp_path, sigmas=[0.5], draws=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import io
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ import torch
 
 from fastphi import checkpoint, noise, reference
 from fastphi.config import UNetConfig
-from fastphi.data import MemoryImages
+from fastphi.data import MemoryImages, pack
 from fastphi.support import files
 from fastphi.support.processes import prefetched
 from fastphi.train import TrainConfig, Trainer, psnr
@@ -573,3 +574,70 @@ def test_prefetched_ends_its_thread(how):
         taken.close()
     del taken
     assert threading.active_count() == before
+
+
+def test_every_unreadable_checkpoint_is_passed_over(tmp_path, caplog):
+    """The newest ones, each damaged in another way; the one that is whole goes on to the same bits."""
+    train(tmp_path / "a", epochs=3)
+    train(tmp_path / "b", epochs=2, keep=5)
+    *_, one, two, three = sorted((tmp_path / "b" / "checkpoints").iterdir())
+    three.write_bytes(three.read_bytes()[1000:])  # a negative place in the file
+    two.write_bytes(torch_bytes({"format": 1, "step": -3}))
+    train(tmp_path / "b", epochs=3, keep=5)
+    assert all(str(path) in caplog.text for path in (two, three)) and str(one) not in caplog.text
+    assert bits(tmp_path / "a") == bits(tmp_path / "b")
+
+
+def torch_bytes(value) -> bytes:
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+def test_a_newer_checkpoint_is_not_passed_over(tmp_path):
+    train(tmp_path, max_steps=2)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    newest.write_bytes(torch_bytes({"format": 99}))
+    with pytest.raises(ValueError, match="format 99, this fastphi reads 1"):
+        train(tmp_path)
+
+
+def test_the_folder_may_change_while_it_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    train(Path("run"), callback=lambda line: os.chdir(tmp_path / "elsewhere"), max_steps=4)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_the_default_dtype_is_not_the_run_s(tmp_path):
+    train(tmp_path / "a")
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(tmp_path / "b", max_steps=7)
+        train(tmp_path / "b")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    a, b = (checkpoint.load(tmp_path / name).state_dict() for name in "ab")
+    assert all(v.dtype == torch.float32 for v in b.values())
+    assert a.keys() == b.keys()
+
+
+def test_a_pack_s_folder_is_no_run_s(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8))
+    packed = pack(tmp_path / "x.npy", tmp_path / "pack", size=8, progress=False)
+    before = sorted(p.name for p in packed.path.iterdir())
+    with pytest.raises(ValueError, match="out: .*pack is a pack"):
+        train(packed.path)
+    assert sorted(p.name for p in packed.path.iterdir()) == before
+
+
+def test_a_finished_run_that_cannot_be_written_to_is_read(tmp_path, monkeypatch):
+    model = train(tmp_path, max_steps=3)
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and real(path, mode))
+    monkeypatch.setattr(files, "locked", None)
+    again = train(tmp_path, max_steps=3)
+    assert again.training_info.steps == 3
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
