@@ -184,7 +184,7 @@ def _encoded(path: Path, archive: reading.Archive, split: str, encodings: list[s
     labels, class_names = _labels(archive, f"{split}_label", n)
     names = [str(i) for i in range(n)]
     if file in archive.names:
-        names = [str(s) for s in archive.array(file).reshape(-1)]
+        names = archive.texts(file)
     if len(names) != n:
         raise ValueError(f"source: {path}: {file} has {len(names)} names for {n} images")
 
@@ -215,9 +215,7 @@ def _image_key(archive: reading.Archive) -> str:
 def _labels(
     archive: reading.Archive, key: str, n: int
 ) -> tuple[np.ndarray | None, list[str] | None]:
-    names = None
-    if "class_names" in archive.names:
-        names = [str(s) for s in archive.array("class_names").reshape(-1)]
+    names = archive.texts("class_names") if "class_names" in archive.names else None
     if key not in archive.names:
         return None, names
     labels = archive.array(key)

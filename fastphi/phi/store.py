@@ -293,6 +293,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     with reading.whole(path / _MANIFEST, "that of a whole φ store", "store"):
         validate.record(manifest, "it", _FIELDS, _OLDER)
         validate.sigmas(manifest["sigmas"])
+        if not manifest["blocks"]:
+            raise ValueError("blocks: expected at least one, got none")
     return manifest
 
 

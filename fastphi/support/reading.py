@@ -164,6 +164,12 @@ class Archive:
             return self._map(name)
         return self.arrays((name,))[name]
 
+    def texts(self, name: str) -> list[str]:
+        """The strings of an array of any shape."""
+        values = self.array(name)
+        with whole(self.path, self._expected, self._name):  # not every number is a character
+            return [str(s) for s in values.reshape(-1)]
+
     def _read(self, archive: zipfile.ZipFile, name: str) -> np.ndarray:
         info = self._members[name]  # a KeyError names what is missing
         with archive.open(info) as f:
