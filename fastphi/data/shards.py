@@ -178,7 +178,7 @@ def convert(payload: Payload, size: int, color: bool, allow_upscale: bool) -> np
     except (Skipped, MemoryError):
         raise
     except Exception as error:  # broken bytes make a decoder raise anything
-        if isinstance(error, OSError) and error.errno and not isinstance(error, PermissionError):
+        if reading.of_the_system(error) and not isinstance(error, PermissionError):
             raise  # the system's trouble (a lost disk, too many files), not the image's
         raise Skipped(_reason(error)) from None
     width, height = pixels.size

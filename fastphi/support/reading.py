@@ -29,8 +29,11 @@ from torch import Tensor
 StrPath = str | os.PathLike[str]
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether in Fortran order, dtype
 
-# What a system says of a file as such; anything else that goes wrong is of its bytes.
-_BYTES = (None, errno.EINVAL)  # EINVAL: a place in the file that cannot be
+
+def of_the_system(error: Exception) -> bool:
+    """Whether a disk, a network or a permission is at fault, and not the bytes of a file (of which EINVAL
+    comes, too: a place in the file that cannot be)."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -41,7 +44,7 @@ def whole(path: StrPath, expected: str, name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # of old formats, which are read all the same
             yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in _BYTES:
+        if of_the_system(error):
             raise
         raise ValueError(f"{name}: {os.fspath(path)} is not {expected} ({_why(error)})") from None
 
