@@ -119,6 +119,7 @@ inline void check_noise_normal(Device device, const Tensor& sample, int64_t stre
   const i64 n = sample.numel();
   STD_TORCH_CHECK(draw.numel() == n, "draw: expected ", n, " numbers like sample, got ",
                   draw.numel());
+  check(sample, "sample", device, sample, {ScalarType::Long}, {n});
   check(draw, "draw", device, sample, {ScalarType::Long}, {n});
   check_word(stream, "stream");
   check_image_size(channels, height, width);

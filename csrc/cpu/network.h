@@ -109,6 +109,9 @@ inline i64 block_columns(const Plan& plan, i64 blocks) {
   const i64 depth = plan.blocks();
   STD_TORCH_CHECK(0 <= blocks && blocks <= 2 * depth, "blocks: expected 0 (the image) to ",
                   2 * depth, ", got ", blocks);
+  STD_TORCH_CHECK((0 < blocks && blocks <= depth + 1) || !plan.dec_layers.empty(),
+                  "dec_layers: expected an entry per decoder block, which blocks = ", blocks,
+                  " (0: the image) needs; got none");
   i64 columns = 0;
   for (i64 b = 0; b < blocks; ++b) columns += plan.channels[b <= depth ? b : 2 * depth - b];
   return columns;

@@ -47,6 +47,7 @@ Tensor pack_upsample_weights(Tensor weight) {
 Tensor in_large_pages(Tensor x) {
   STD_TORCH_CHECK(x.is_contiguous() && x.device().type() == torch::headeronly::DeviceType::CPU,
                   "x: expected a dense CPU tensor");
+  check_storage(x, "x");
   Tensor out = new_tensor(x, shape_of(x));
   const size_t bytes = x.numel() * x.element_size();
   prefer_huge_pages(out.mutable_data_ptr(), bytes);
