@@ -6,6 +6,8 @@
 #             out/bench; half an hour on two quiet cores; BENCH="network --only phi" runs a part
 # make sanitize  the C++ engine's tests with AddressSanitizer and UBSan, on each instruction set (those of
 #             ISAS that this processor has)
+# make fuzz  random gestures on a model, damaged files, and hostile arguments to the C++ engine's sanitized
+#             build, other ones each time: MINUTES=10 for the first two, and for the third on each of ISAS
 # make gpu-static  what can be checked of the GPU engine without a GPU: needs nvcc (CUDA 13), downloads
 #             a torch with CUDA and two Tritons into CACHE (3 GB)
 # make gpu-suite PART="build tests"  what is to be run where a GPU is: tools/gpu_suite.py says which parts
@@ -30,7 +32,7 @@ BIN  := $(VENV)/bin
 C_FILES := find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
-.PHONY: setup demo test check format wheel doctor bench sanitize gpu-static gpu-suite clean
+.PHONY: setup demo test check format wheel doctor bench sanitize fuzz gpu-static gpu-suite clean
 
 # A stamp a step: what an interruption leaves done is not done again. Each use installs what it needs:
 # the demo neither Triton nor a linter.
@@ -103,18 +105,31 @@ doctor: setup
 bench: setup $(VENV)/bench
 	$(BIN)/python tools/cpu_bench.py $(BENCH)
 
-# The sanitizers' libraries come first in the process; Python's own leaks are not ours. pytest without
-# `python -m`, which would find the usual build in this folder first.
+# The sanitizers' libraries come first in the process; Python's own leaks are not ours; what is more than
+# there is memory is an error of ours, not the sanitizer's. pytest without `python -m`, which would find the
+# usual build in this folder first; what a sanitizer writes is not caught.
 SANITIZED := out/sanitize
 LIBRARIES  = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+SANITIZE   = PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$(LIBRARIES)" OMP_NUM_THREADS=2 \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 ISAS      ?= amx avx512 avx2 plain
 
-sanitize: setup $(VENV)/test
+$(SANITIZED)/built: setup $(VENV)/test $(SOURCES)
 	FASTPHI_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	for isa in $(ISAS); do echo "== $$isa"; FASTPHI_ISA=$$isa PYTHONPATH=$(SANITIZED)/lib \
-	  LD_PRELOAD="$(LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-	  $(BIN)/pytest -q -p no:cacheprovider tests/engine/test_ops.py \
-	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_bf16.py tests/engine/cpu/test_winograd.py || exit 1; done
+	@touch $@
+
+sanitize: $(SANITIZED)/built
+	for isa in $(ISAS); do echo "== $$isa"; FASTPHI_ISA=$$isa $(SANITIZE) \
+	  $(BIN)/pytest -q -p no:cacheprovider --capture=sys tests/engine/test_ops.py tests/engine/test_weights.py \
+	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_bf16.py tests/engine/cpu/test_winograd.py \
+	  tests/sampling/test_guidance.py tests/fuzz/test_hostile_ops.py || exit 1; done
+
+# Other cases each time, for so many minutes; the ops as the sanitized build on each instruction set.
+MINUTES ?= 10
+fuzz: $(SANITIZED)/built
+	$(BIN)/python tools/fuzz.py --minutes $(MINUTES) --only gestures --only bytes
+	for isa in $(ISAS); do echo "== ops, $$isa"; FASTPHI_ISA=$$isa $(SANITIZE) $(BIN)/python tools/fuzz.py \
+	  --minutes $(MINUTES) --only hostile_ops --pytest $(BIN)/pytest || exit 1; done
 
 gpu-static: setup
 	$(BIN)/python tools/gpu_static.py --cache "$(CACHE)"

@@ -51,7 +51,7 @@ Tensor in_large_pages(Tensor x) {
   Tensor out = new_tensor(x, shape_of(x));
   const size_t bytes = x.numel() * x.element_size();
   prefer_huge_pages(out.mutable_data_ptr(), bytes);
-  std::memcpy(out.mutable_data_ptr(), x.const_data_ptr(), bytes);
+  if (bytes) std::memcpy(out.mutable_data_ptr(), x.const_data_ptr(), bytes);
   return out;
 }
 
