@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import fastphi
+from fastphi.support import reading
 
 MOST = 600  # patches of the whole photographs
 
@@ -73,10 +74,10 @@ def _photographs(folder: Path) -> list[np.ndarray]:
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else ():
         try:
-            with Image.open(path) as opened:
+            with reading.whole(path, "a picture", "data"), Image.open(path) as opened:
                 photograph = ImageOps.exif_transpose(opened).convert("RGB")
-        except OSError as error:
-            print(f"   {path} passed over: {error}")
+        except (ValueError, OSError) as error:
+            print(f"   passed over: {error}")
             continue
         photograph.thumbnail((1024, 1024))
         found.append(np.asarray(photograph))

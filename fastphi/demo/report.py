@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from fastphi.analysis.likeness import likeness
 from fastphi.analysis.neighbours import distinct, nearest
 from fastphi.analysis.selectivity import exciting, selectivity
 from fastphi.analysis.sparsity import participation_ratio
-from fastphi.support import plots
+from fastphi.support import plots, reading
 from fastphi.support.html import Report
 
 
 def training(report: Report, log_file: Path) -> None:
     """Loss and PSNR of a run, from its log."""
-    log = [json.loads(line) for line in log_file.read_text().splitlines()]
+    log = [reading.json_value(line, nan=True) for line in reading.lines(log_file)]
     steps = [line for line in log if "loss" in line]
     psnr = {float(s): v for s, v in [x for x in log if "psnr" in x][-1]["psnr"].items()}
     text = (
