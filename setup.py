@@ -104,6 +104,7 @@ SOURCES = [
 CUDA_SOURCES = [
     "csrc/cuda/operators.cpp",
     "csrc/cuda/combine.cu",
+    "csrc/cuda/content.cu",
     "csrc/cuda/image_layout.cu",
     "csrc/cuda/match.cu",
     "csrc/cuda/noise_normal.cu",

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.h"
+#include "content.h"
 #include "match.h"
 #include "pixel.h"
 
@@ -224,6 +225,29 @@ inline MatchAdam check_match_adam(Device device, const Tensor& gradient, const T
           mutable_data<float>(m),
           mutable_data<float>(v),
           image.mutable_data_ptr()};
+}
+
+// The parts of weights_content's launches, CONTENT_PARTS at a time; sums (P, CONTENT_LANES).
+inline std::vector<ContentParts> check_weights_content(Device device,
+                                                       const std::vector<Tensor>& parameters,
+                                                       const Tensor& sums) {
+  const i64 count = static_cast<i64>(parameters.size());
+  check(sums, "sums", device, sums, {ScalarType::Long}, {count, CONTENT_LANES});
+  std::vector<ContentParts> all;
+  for (i64 i = 0; i < count; ++i) {
+    const Tensor& p = parameters[i];
+    const std::string name = "parameters[" + std::to_string(i) + "]";
+    STD_TORCH_CHECK(p.device().type() == device && p.device().index() == sums.device().index(),
+                    name, ": expected a tensor on the device of sums");
+    STD_TORCH_CHECK(p.is_contiguous() && p.element_size() % 2 == 0, name,
+                    ": expected a contiguous tensor of 2, 4 or 8 bytes a number");
+    check_storage(p, name.c_str());
+    if (i % CONTENT_PARTS == 0) all.push_back({});
+    ContentParts& parts = all.back();
+    parts.at[parts.n] = p.const_data_ptr();
+    parts.bytes[parts.n++] = p.numel() * static_cast<i64>(p.element_size());
+  }
+  return all;
 }
 
 // active (N,), remaining (1,)

@@ -43,6 +43,7 @@ Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed);
 Tensor pack_upsample_weights(Tensor weight);
 Tensor in_large_pages(Tensor x);
 int64_t weights_checksum(std::vector<Tensor> parameters);
+void weights_content(std::vector<Tensor> parameters, Tensor sums);
 double largest_magnitude(Tensor x);
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width);

@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
   m.def("pack_upsample_weights(Tensor weight) -> Tensor");
   m.def("in_large_pages(Tensor x) -> Tensor");
   m.def("weights_checksum(Tensor[] parameters) -> int");
+  m.def("weights_content(Tensor[] parameters, Tensor(a!) sums) -> ()");
   m.def("largest_magnitude(Tensor x) -> float");
   m.def(
       "unet_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "
@@ -115,6 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("pack_upsample_weights", TORCH_BOX(&pack_upsample_weights));
   m.impl("in_large_pages", TORCH_BOX(&in_large_pages));
   m.impl("weights_checksum", TORCH_BOX(&weights_checksum));
+  m.impl("weights_content", TORCH_BOX(&weights_content));
   m.impl("largest_magnitude", TORCH_BOX(&largest_magnitude));
   m.impl("unet_fwd", TORCH_BOX(&unet_fwd));
   m.impl("unet_fwd_bf16", TORCH_BOX(&unet_fwd_bf16));

@@ -63,6 +63,11 @@ void adam(i64 n, int c, int pixels, const float* gradient, const int32_t* active
   launch_match_adam({n, c, pixels, gradient, active, updates, settings, x, m, v, image}, DTYPE(to),
                     nullptr);
 }
+void content(int n, const void* const* at, const i64* bytes, i64* sums) {
+  ContentParts parts{n};
+  for (int i = 0; i < n; ++i) parts.at[i] = at[i], parts.bytes[i] = bytes[i];
+  launch_weights_content(parts, sums, nullptr);
+}
 void remaining(i64 n, const int32_t* active, int32_t* left) {
   launch_match_remaining(n, active, left, nullptr);
 }
@@ -204,6 +209,20 @@ def check_combine(library: ctypes.CDLL) -> None:
         same(("combine_means", slots, c), out, want)
 
 
+def check_content(library: ctypes.CDLL) -> None:
+    """Of tensors of every size of number, odd counts and halves off a boundary of 4 among them."""
+    made = [torch.randn(3, 5, 3, 3), torch.randn(2049).double(), torch.randn(0)]
+    made += [torch.randn(777).bfloat16(), torch.randn(64, 33).bfloat16(), torch.randn(9).half()[1:]]
+    n = len(made)
+    want, out = (torch.full((n, 1024), -1, dtype=torch.int64) for _ in range(2))
+    torch.ops.fastphi.weights_content(made, want)
+    places = (ctypes.c_void_p * n)(*(t.data_ptr() for t in made))
+    sizes = (I64 * n)(*(t.numel() * t.element_size() for t in made))
+    call(library.content, n, places, sizes, out)
+    if not torch.equal(want, out) or out[3].sum() == 0:
+        sys.exit("weights_content: the kernel and the CPU's operator differ")
+
+
 def check_match(library: ctypes.CDLL, c: int, size: tuple[int, int, int]) -> None:
     """An image that stops, one that goes on, one that has stopped, one at its last update."""
     n, settings = 4, torch.tensor([0.01, 0.5, 7], dtype=torch.float64)
@@ -265,6 +284,7 @@ def main() -> None:
             check_noise(library, *size)
             check_layouts(library, *size)
         check_combine(library)
+        check_content(library)
         for c, size in ((1, (3, 8, 8)), (130, (1, 5, 7)), (512, (4, 16, 24))):
             check_match(library, c, size)
         check_spatial_mean(library)

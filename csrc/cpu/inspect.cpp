@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "../arguments.h"
 #include "../operators.h"
 #include "launch.h"
 
@@ -62,6 +63,15 @@ int64_t weights_checksum(std::vector<Tensor> parameters) {
   });
   return static_cast<int64_t>(sum_of(reinterpret_cast<const unsigned char*>(sums.data()),
                                      8 * static_cast<i64>(sums.size())));
+}
+
+// The sum that the GPU engine takes of its weights on the device (../content.h), here on the CPU.
+void weights_content(std::vector<Tensor> parameters, Tensor sums) {
+  i64* to = mutable_data<i64>(sums);
+  for (const ContentParts& parts : check_weights_content(Device::CPU, parameters, sums))
+    for (int i = 0; i < parts.n; ++i)
+      for (int lane = 0; lane < CONTENT_LANES; ++lane)
+        *to++ = static_cast<i64>(content_of_lane(parts.at[i], parts.bytes[i], lane));
 }
 
 // max |x|, NaN left out. By the bits, whose order is that of the numbers.

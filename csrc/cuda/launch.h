@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../content.h"
 #include "../match.h"
 #include "../pixel.h"
 
@@ -39,6 +40,9 @@ cudaError_t launch_combine_means(i64 n, int slots, int channels, const float* su
 int spatial_mean_slots(int pixels, int channels);
 cudaError_t launch_spatial_mean_fwd(i64 n, int pixels, int channels, const void* r, Dtype dtype,
                                     float* sums, void* means, cudaStream_t stream);
+
+// sums: (parts.n, CONTENT_LANES)
+cudaError_t launch_weights_content(const ContentParts& parts, i64* sums, cudaStream_t stream);
 
 cudaError_t launch_match_loss(const MatchLoss& a, cudaStream_t stream);
 cudaError_t launch_match_adam(const MatchAdam& a, Dtype image, cudaStream_t stream);

@@ -111,6 +111,19 @@ Tensor spatial_mean_fwd_cuda(Tensor r) {
   return out;
 }
 
+void weights_content_cuda(std::vector<Tensor> parameters, Tensor sums) {
+  const auto all = check_weights_content(Device::CUDA, parameters, sums);
+  i64* to = mutable_data<i64>(sums);
+  on_device_of(sums, "weights_content", [&](cudaStream_t on) {
+    for (const ContentParts& parts : all) {
+      if (const cudaError_t error = launch_weights_content(parts, to, on); error != cudaSuccess)
+        return error;
+      to += parts.n * CONTENT_LANES;
+    }
+    return cudaSuccess;
+  });
+}
+
 void match_loss_cuda(Tensor phi, Tensor target, Tensor weight, Tensor s, int64_t pixels,
                      Tensor settings, Tensor losses, Tensor updates, Tensor active,
                      Tensor converged, Tensor d_r, Tensor d_s) {
@@ -154,6 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CUDA, m) {
   m.impl("combine_moments", TORCH_BOX(&combine_moments_cuda));
   m.impl("combine_means", TORCH_BOX(&combine_means_cuda));
   m.impl("spatial_mean_fwd", TORCH_BOX(&spatial_mean_fwd_cuda));
+  m.impl("weights_content", TORCH_BOX(&weights_content_cuda));
   m.impl("match_loss", TORCH_BOX(&match_loss_cuda));
   m.impl("match_adam", TORCH_BOX(&match_adam_cuda));
   m.impl("match_remaining", TORCH_BOX(&match_remaining_cuda));

@@ -69,6 +69,10 @@ def _match_loss_fake(
     expect_like(d_s, "d_s", phi, _F32, (n, 1))
 
 
+def _weights_content_fake(parameters, sums) -> None:
+    expect_like(sums, "sums", sums, (torch.int64,), (len(parameters), 1024))
+
+
 def _match_adam_fake(gradient, active, updates, settings, x, m, v, image) -> None:
     n = _size(x, 0)
     expect_like(x, "x", x, _F32, (n, None, None, None))
@@ -132,6 +136,7 @@ FAKES: dict[str, Any] = {
     "match_loss": _match_loss_fake,
     "match_adam": _match_adam_fake,
     "match_remaining": _match_remaining_fake,
+    "weights_content": _weights_content_fake,
     "noisy_image": _noisy_image_fake,
     "image_to_nhwc": _image_layout_fake((0, 2, 3, 1)),
     "image_to_nchw": _image_layout_fake((0, 3, 1, 2)),

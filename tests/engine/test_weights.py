@@ -189,3 +189,24 @@ def test_tied_layers_are_packed_each(make_model, x):
     model.mid[1].weight = model.mid[2].weight
     with torch.no_grad():
         same(model.phi(x), reference.ReferenceRunner(model).block_means(x)["mid"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_gpu_s_sum_of_the_weights_sees_any_number(dtype):
+    """Its op on the CPU; tools/gpu_static_threads.py has the kernel against it."""
+    parts = [torch.randn(3, 5, 3, 3), torch.randn(0), torch.randn(2049)]
+    parts = [p.to(dtype) for p in parts]
+    before = ops.weights_content(parts)
+    assert before.shape == (3,) and torch.equal(ops.weights_content(parts), before)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        part = rng.choice([0, 2])
+        at = rng.integers(parts[part].numel())
+        flat = parts[part].view(-1)
+        old = flat[at].clone()
+        flat[at] = old * 2 + 1
+        changed = ops.weights_content(parts) != before
+        assert changed.tolist() == [i == part for i in range(3)]
+        flat[at] = old
+    parts[2][[0, 1]] = parts[2][[1, 0]]
+    assert ops.weights_content(parts)[2] != before[2]

@@ -97,6 +97,8 @@ def others() -> Iterator[Call]:
     flags = torch.ones(n, dtype=torch.int32)
     settings = torch.tensor([0.01, 0.0, 3.0], dtype=torch.float64)
     yield f.in_large_pages.default, [r(7, 9)]
+    lanes = torch.zeros(2, 1024, dtype=torch.int64)
+    yield f.weights_content.default, [[r(7, 9), r(3).bfloat16()], lanes]
     yield f.largest_magnitude.default, [r(2, 3, 4, 4)]
     yield f.image_to_nhwc.default, [r(n, 3, h, h), r(n, h, h, 3)]
     yield f.image_to_nchw.default, [r(n, h, h, 3), r(n, 3, h, h)]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastphi.engine import ops
 from fastphi.engine.gpu import library
 from fastphi.engine.network import Network
 
@@ -47,8 +48,8 @@ class Packed:
 
     @staticmethod
     def content(model: Network) -> tuple:
-        """A sum of every parameter's bits, each weighted by its place: waits for the GPU."""
-        return tuple(torch.stack([_content(p) for p in model.parameters()]).tolist())
+        """A sum of every parameter's bits: waits for the GPU."""
+        return tuple(_content(model).tolist())
 
     def fits(self, other: Packed) -> bool:
         """Whether the other's values can be written over these."""
@@ -66,10 +67,38 @@ class Packed:
         return [t for t in found if t is not None]
 
 
-def _content(p: Tensor) -> Tensor:
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
-    bits = p.detach().contiguous().view(whole).flatten().long()
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=p.device)).sum()
+def _content(model: Network) -> Tensor:
+    return ops.weights_content([p.detach().contiguous() for p in model.parameters()])
+
+
+class Watch:
+    """What torch's version counter does not see of a model's weights, without a wait: their content is
+    asked of the device at one call, and told at a later one."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, Any] | None = None  # where it will be, and the event that it is
+
+    def told(self) -> tuple | None:
+        """The content at an earlier call, if that has come; else None."""
+        if self._asked is None:
+            return None
+        content, there = self._asked
+        if there is not None and not there.query():
+            return None
+        self._asked = None
+        return tuple(content.tolist())
+
+    def ask(self, model: Network) -> None:
+        """At most one is on its way."""
+        if self._asked is not None:
+            return
+        content = _content(model)
+        if not content.is_cuda:
+            self._asked = content, None
+            return
+        host = torch.empty(content.shape, dtype=content.dtype, pin_memory=True)
+        host.copy_(content, non_blocking=True)
+        self._asked = host, torch.cuda.current_stream().record_event()
 
 
 def _pack(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

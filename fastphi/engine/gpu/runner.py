@@ -8,6 +8,7 @@ the ops of ops.py beside it serve.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,12 +20,14 @@ from torch import Tensor
 from fastphi.engine import ops
 from fastphi.engine.gpu.layer import products
 from fastphi.engine.gpu.match import MatchPlan, capacity, rows_for
-from fastphi.engine.gpu.pack import Packed
+from fastphi.engine.gpu.pack import Packed, Watch
 from fastphi.engine.gpu.plan import Plan, not_captured, widths
 from fastphi.engine.network import Network
 
 if TYPE_CHECKING:
     from fastphi.config import UNetConfig
+
+log = logging.getLogger("fastphi")
 
 DTYPES = (torch.bfloat16, torch.float32)
 CHUNK = 256 * 64 * 64  # pixels in one launch: two waves of the smallest level's programs on 132 SMs
@@ -97,6 +100,7 @@ class GPURunner:
         self._packed: dict[torch.dtype, Packed] = {}
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
         self._lock = threading.Lock()
+        self._watch = Watch()
 
     @torch.no_grad()
     def denoise(self, x: Tensor) -> Tensor:
@@ -218,19 +222,22 @@ class GPURunner:
 
     def _pack(self, dtype: torch.dtype) -> Packed:
         """The packed weights: made when first needed, made anew in place when a parameter changed, as
-        torch's version counter tells at every call, and their content at the first of a job (`frozen`)."""
+        torch's version counter tells at every call, and their content at the first of a job (`frozen`), at
+        other calls without a wait: at the one after (`Watch`)."""
         packed = self._packed.get(dtype)
         key = Packed.key(self.model)
         told = self.vouched is None or (packed is not None and packed.vouched is self.vouched)
-        if packed is not None and told and packed.stamp[0] == key:
-            return packed
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if packed is not None and told and packed.stamp[0] == key:
+            if self.vouched is not None or capturing or not self._changed(packed):
+                return packed
         key = (key, () if capturing else Packed.content(self.model))
         if packed is not None and (
             packed.stamp == key or (capturing and packed.stamp[0] == key[0])
         ):
             packed.vouched = None if capturing else self.vouched
             return packed
+        self._watch = Watch()  # what is on its way is of the ones before
         if torch.cuda.is_available():
             not_captured("weights are packed")
         fresh = Packed(self.model, dtype, key)
@@ -246,6 +253,19 @@ class GPURunner:
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # plans on other streams read them next
         return packed
+
+    def _changed(self, packed: Packed) -> bool:
+        """Whether the weights' content at an earlier call was another than these'; asks for it anew."""
+        found = self._watch.told()
+        self._watch.ask(self.model)
+        if found in (None, packed.stamp[1]):
+            return False
+        log.warning(
+            "the model's weights have changed where torch does not count it (.data, numpy, a fused "
+            "optimiser): the call before, and those since the change, were answered with the old ones; "
+            "fastphi.frozen(model) around a job looks at its start"
+        )
+        return True
 
     def _plan(
         self, shape: tuple[int, ...], packed: Packed, device: torch.device, until: str | None

@@ -4,6 +4,7 @@ kernels, at full size and on trained weights. The tolerances of the tests that n
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 
@@ -100,6 +101,28 @@ def test_a_match_takes_as_many_updates_and_leaves_as_much_noise():
     assert 5 < updates[0].mean() < 60
     assert abs(updates[1].mean() / updates[0].mean() - 1) <= 0.05
     assert ((noise[1] / noise[0] - 1).abs() <= 0.01).all()
+
+
+def test_weights_changed_behind_torch_are_told_at_the_call_after(caplog):
+    model, x = UNet(UNetConfig(channels=(16, 32))).eval(), smooth(2, 8)
+    runner, new = gpu.GPURunner(model), copy.deepcopy(model)
+    for m in (model, new):
+        with torch.no_grad():
+            m.mid[-1].gamma.fill_(1.0)
+    first = runner.denoise(x)
+    assert torch.equal(runner.denoise(x), first) and not caplog.records
+    for m in (model, new):
+        m.mid[-1].weight.data[1] = 0.5
+    assert torch.equal(runner.denoise(x), first)  # asked of the device, not waited for
+    want = gpu.GPURunner(new).denoise(x)
+    assert torch.equal(runner.denoise(x), want) and not torch.equal(want, first)
+    assert "answered with the old ones" in caplog.text
+    caplog.clear()
+    with torch.no_grad():
+        model.mid[-1].weight.mul_(2)  # torch counts this one: at once, and no word
+    again = runner.denoise(x)
+    assert not torch.equal(again, want) and torch.equal(runner.denoise(x), again)
+    assert torch.equal(runner.denoise(x), again) and not caplog.records
 
 
 def backward_cases():
