@@ -6,6 +6,7 @@
 #             out/bench; half an hour on two quiet cores; BENCH="network --only phi" runs a part
 # make sanitize  the C++ engine's tests with AddressSanitizer and UBSan, on each instruction set (those of
 #             ISAS that this processor has)
+# make race  the C++ engine's tests with ThreadSanitizer; needs LLVM's OpenMP (Debian: libomp-14-dev)
 # make fuzz  random gestures on a model, damaged files, and hostile arguments to the C++ engine's sanitized
 #             build, other ones each time: MINUTES=10 for the first two, and for the third on each of ISAS
 # make gpu-static  what can be checked of the GPU engine without a GPU: needs nvcc (CUDA 13), downloads
@@ -32,7 +33,7 @@ BIN  := $(VENV)/bin
 C_FILES := find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
-.PHONY: setup demo test check format wheel doctor bench sanitize fuzz gpu-static gpu-suite clean
+.PHONY: setup demo test check format wheel doctor bench sanitize race fuzz gpu-static gpu-suite clean
 
 # A stamp a step: what an interruption leaves done is not done again. Each use installs what it needs:
 # the demo neither Triton nor a linter.
@@ -115,7 +116,7 @@ SANITIZE   = PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$(LIBRARIES)" OMP_NUM_THREA
 ISAS      ?= amx avx512 avx2 plain
 
 $(SANITIZED)/built: setup $(VENV)/test $(SOURCES)
-	FASTPHI_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	FASTPHI_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@touch $@
 
 sanitize: $(SANITIZED)/built
@@ -123,6 +124,18 @@ sanitize: $(SANITIZED)/built
 	  $(BIN)/pytest -q -p no:cacheprovider --capture=sys tests/engine/test_ops.py tests/engine/test_weights.py \
 	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_bf16.py tests/engine/cpu/test_winograd.py \
 	  tests/sampling/test_guidance.py tests/fuzz/test_hostile_ops.py || exit 1; done
+
+# ThreadSanitizer knows nothing of GCC's OpenMP: LLVM's takes its place, whose Archer tells it who waits for
+# whom. Its fixed addresses and a kernel's random ones do not go together.
+LLVM_OMP ?= $(firstword $(wildcard /usr/lib/llvm-*/lib))
+race: setup $(VENV)/test
+	@test -e "$(LLVM_OMP)/libarcher.so" || { echo "make race needs LLVM's OpenMP with Archer (Debian: libomp-14-dev)"; exit 1; }
+	FASTPHI_SANITIZE=thread $(BIN)/python setup.py -q build --build-base out/race --build-lib out/race/lib
+	PYTHONPATH=out/race/lib LD_PRELOAD="$(shell $(CXX) -print-file-name=libtsan.so) $(LLVM_OMP)/libomp.so.5" \
+	  OMP_TOOL_LIBRARIES=$(LLVM_OMP)/libarcher.so OMP_NUM_THREADS=2 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+	  setarch -R $(BIN)/pytest -q -p no:cacheprovider --capture=sys --deselect \
+	  tests/engine/test_ops.py::test_one_openmp_runtime tests/engine/test_ops.py tests/engine/test_weights.py \
+	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_winograd.py tests/sampling/test_guidance.py
 
 # Other cases each time, for so many minutes; the ops as the sanitized build on each instruction set.
 MINUTES ?= 10

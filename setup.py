@@ -4,7 +4,8 @@ Shared objects of torch operators on the LibTorch stable ABI, with no Python in 
 every Python and every torch from 2.10 on. With CUDA and pybind11 also fastphi/_graph, which knows no
 torch, but is made for one Python. Whether there is a GPU does not matter. Environment:
     FASTPHI_CUDA=auto|0|1           1: without a toolkit the build fails, saying why
-    FASTPHI_SANITIZE=1              the CPU engine with AddressSanitizer and UBSan (make sanitize)
+    FASTPHI_SANITIZE=WHICH          the CPU engine with these sanitizers: "address,undefined" (make sanitize)
+                                    or "thread" (make race)
     CUDA_HOME                       the toolkit, where it is not the one of nvcc on the PATH
     TORCH_CUDA_ARCH_LIST, MAX_JOBS  torch's own
 """
@@ -55,8 +56,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # 2.10: the oldest torch whose stable ABI has all that is used here
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-Wall", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 SANITIZE: list[str] = []
-if os.environ.get("FASTPHI_SANITIZE", "0") == "1":
-    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+if wanted := os.environ.get("FASTPHI_SANITIZE"):
+    SANITIZE = [f"-fsanitize={wanted}", "-fno-sanitize-recover=all"]
     FLAGS += [*SANITIZE, "-O1", "-g", "-fno-omit-frame-pointer"]
 # Multiplications and additions are fused in the kernels and nowhere else: the bits of noise_normal
 # are defined with every operation rounded on its own.
