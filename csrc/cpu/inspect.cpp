@@ -74,36 +74,56 @@ void weights_content(std::vector<Tensor> parameters, Tensor sums) {
         *to++ = static_cast<i64>(content_of_lane(parts.at[i], parts.bytes[i], lane));
 }
 
-// max |x|, NaN left out. By the bits, whose order is that of the numbers.
+namespace {
+
+// A comparison with NaN is false, which leaves NaN out; as many at once as the compiler's four or
+// two.
+template <class T>
+double largest_of(const T* at, i64 n) {
+  constexpr int WIDTH = 32;
+  T most[WIDTH] = {};
+  const auto look = [&](int lane, T x) {
+    const T v = x < 0 ? -x : x;
+    most[lane] = v > most[lane] ? v : most[lane];
+  };
+  i64 i = 0;
+  for (; i + WIDTH <= n; i += WIDTH)
+    for (int lane = 0; lane < WIDTH; ++lane) look(lane, at[i + lane]);
+  for (; i < n; ++i) look(0, at[i]);
+  return static_cast<double>(*std::max_element(most, most + WIDTH));
+}
+
+// By the bits, whose order is that of the numbers.
+double largest_of(const int16_t* at, i64 n) {
+  int16_t most = 0;
+  for (i64 i = 0; i < n; ++i) {
+    const int16_t v = at[i] & std::numeric_limits<int16_t>::max();  // without its sign
+    const int16_t number = v > int16_t{0x7f80} ? 0 : v;
+    most = number > most ? number : most;
+  }
+  const int32_t bits = most << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof bits);
+  return number;
+}
+
+}  // namespace
+
+// max |x|, NaN left out
 double largest_magnitude(Tensor x) {
   check_storage(x, "x");
   STD_TORCH_CHECK(x.device().type() == torch::headeronly::DeviceType::CPU,
                   "x: expected a CPU tensor");
   const Tensor dense = torch::stable::contiguous(x);
+  const void* at = dense.const_data_ptr();
   const i64 n = dense.numel();
-  auto scan = [&](auto infinity) {
-    using Bits = decltype(infinity);  // signed, for which SSE2 can compare
-    const auto* at = static_cast<const Bits*>(dense.const_data_ptr());
-    Bits most = 0;
-    for (i64 i = 0; i < n; ++i) {
-      const Bits v = at[i] & std::numeric_limits<Bits>::max();  // without its sign
-      const Bits number = v > infinity ? 0 : v;
-      most = number > most ? number : most;
-    }
-    return most;
-  };
-  auto as = [](auto bits, auto number) {
-    static_assert(sizeof bits == sizeof number);
-    std::memcpy(&number, &bits, sizeof bits);
-    return static_cast<double>(number);
-  };
   switch (x.scalar_type()) {
     case ScalarType::Double:
-      return as(scan(int64_t{0x7ff0000000000000}), double{});
+      return largest_of(static_cast<const double*>(at), n);
     case ScalarType::Float:
-      return as(scan(int32_t{0x7f800000}), float{});
+      return largest_of(static_cast<const float*>(at), n);
     case ScalarType::BFloat16:
-      return as(static_cast<int32_t>(scan(int16_t{0x7f80})) << 16, float{});
+      return largest_of(static_cast<const int16_t*>(at), n);
     default:
       STD_TORCH_CHECK(false, "x: expected float32, float64 or bfloat16, got ",
                       torch::headeronly::toString(x.scalar_type()));
