@@ -4,8 +4,8 @@ Shared objects of torch operators on the LibTorch stable ABI, with no Python in 
 every Python and every torch from 2.10 on. With CUDA and pybind11 also fastphi/_graph, which knows no
 torch, but is made for one Python. Whether there is a GPU does not matter. Environment:
     FASTPHI_CUDA=auto|0|1           1: without a toolkit the build fails, saying why
-    FASTPHI_SANITIZE=WHICH          the CPU engine with these sanitizers: "address,undefined" (make sanitize)
-                                    or "thread" (make race)
+    FASTPHI_SANITIZE=WHICH          the CPU engine with these sanitizers: "address,undefined" (make
+                                    sanitize) or "thread" (make race)
     CUDA_HOME                       the toolkit, where it is not the one of nvcc on the PATH
     TORCH_CUDA_ARCH_LIST, MAX_JOBS  torch's own
 """
