@@ -53,7 +53,7 @@ def make_model():
 
     def make(seed=0, backend="auto", dtype=torch.float32, **config) -> UNet:
         config.setdefault("channels", (4, 6, 8))
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = UNet(UNetConfig(**config), backend=backend).to(dtype)
             with torch.no_grad():

@@ -63,7 +63,7 @@ def test_receptive_field_of_the_middle_block(ops, size):
 
 def test_initial_values():
     """Kaiming-normal weights (fan-in), biases 0, gains N(0, (2/9/64)²) within ±0.025."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = UNet(UNetConfig(channels=(32, 64), upsample_bias=True))
     assert model.mid[1].weight.detach().std() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)

@@ -22,7 +22,7 @@ def serving(dtype: torch.dtype) -> list[str]:
 
 
 def tiny(backend: str = "auto", dtype: torch.dtype = torch.float64) -> UNet:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = UNet(CONFIG, backend=backend).to(dtype)
     with torch.no_grad():

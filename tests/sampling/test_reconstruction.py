@@ -39,7 +39,7 @@ FORMS = pytest.mark.parametrize("options", [SCHEDULE, ADAPTIVE], ids=["schedule"
 
 
 def tiny(dtype: torch.dtype = torch.float64) -> UNet:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = UNet(CONFIG).to(dtype)
     model.training_info = TrainingInfo(mean=MEAN)

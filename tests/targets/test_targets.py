@@ -18,7 +18,7 @@ CONFIG = UNetConfig(channels=(4, 8), dec_layers=2)
 
 
 def tiny(dtype: torch.dtype = torch.float64) -> UNet:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return UNet(CONFIG).to(dtype)
 

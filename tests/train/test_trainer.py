@@ -91,7 +91,7 @@ def test_steps_are_those_of_the_paper(tmp_path, weight):
     changes = {"backend": "reference", "sigma_min": 0.1, "max_steps": 3, "loss_weight": weight}
     x = images()
     trainer = Trainer(config(tmp_path / "a", **changes), x)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = UNet(NETWORK)
     adam = torch.optim.Adam(model.parameters(), lr=3e-3)

@@ -53,7 +53,7 @@ def low(x: Tensor):
 
 def network(channels, seed=0, **options) -> UNet:
     """Gains and biases of a size that no term of the layer is invisible."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = UNet(UNetConfig(channels=channels, **options), backend="cpu")
         for name, parameter in model.named_parameters():
