@@ -163,7 +163,9 @@ def hostile_tensor(t: Tensor, rng: random.Random, others: list[Tensor]) -> Any:
         t = flat.view(t.shape)
         return t
     if how == "kind":
-        return rng.choice([None, t.to("meta"), t.to_sparse() if t.dim() else t, 3, [t], t.numpy()])
+        return rng.choice(
+            [None, t.to("meta"), t.to_sparse() if t.dim() else t, 3, [t], torch.rand(3).numpy()]
+        )
     if how == "alias" and others:
         return rng.choice(others)
     if how == "dimension":

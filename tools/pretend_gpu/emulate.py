@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -287,19 +288,6 @@ def stated_kernels() -> Iterator[None]:
     import emulated
     from fastphi.triton_kernels import fused_layer, pack_taps
 
-    names = [
-        n
-        for n in (
-            "_fused_layer_fwd",
-            "_first_layer_fwd",
-            "_last_layer_fwd",
-            "_upsample_fwd",
-            "_conv_bwd",
-            "_norm_bwd",
-        )
-    ]
-    for name in names:
-        setattr(emulated, name, kernel(getattr(emulated, name)))
     pack = fused_layer.pack_weight
 
     def packed(
@@ -308,8 +296,13 @@ def stated_kernels() -> Iterator[None]:
         w = weight.flip(2, 3).transpose(0, 1) if transposed else weight
         into.copy_(pack(w.contiguous(), split, into.dtype))
 
-    pack_taps.pack_taps = kernel(packed)
-    with emulated.kernels():
+    names = [n for n in vars(emulated) if n[0] == "_" and n.endswith(("_fwd", "_bwd"))]
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            made = kernel(getattr(emulated, name))
+            stack.enter_context(mock.patch.object(emulated, name, made))
+        stack.enter_context(mock.patch.object(pack_taps, "pack_taps", kernel(packed)))
+        stack.enter_context(emulated.kernels())
         yield
 
 
