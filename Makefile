@@ -11,6 +11,8 @@
 #             build, other ones each time: MINUTES=10 for the first two, and for the third on each of ISAS
 # make gpu-static  what can be checked of the GPU engine without a GPU: needs nvcc (CUDA 13), downloads
 #             a torch with CUDA and two Tritons into CACHE (3 GB)
+# make gpu-pretend  every test marked gpu on a pretended GPU (tools/pretend_gpu): needs nvcc (CUDA 13) and
+#             Python 3.12, downloads a torch with CUDA into CACHE (5 GB)
 # make gpu-suite PART="build tests"  what is to be run where a GPU is: tools/gpu_suite.py says which parts
 #             there are; with PYTHON, which must have a torch with CUDA, into OUT=out/gpu; no network
 #
@@ -33,7 +35,7 @@ BIN  := $(VENV)/bin
 C_FILES := find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
-.PHONY: setup demo test check format wheel doctor bench sanitize race fuzz gpu-static gpu-suite clean
+.PHONY: setup demo test check format wheel doctor bench sanitize race fuzz gpu-static gpu-pretend gpu-suite clean
 
 # A stamp a step: what an interruption leaves done is not done again. Each use installs what it needs:
 # the demo neither Triton nor a linter.
@@ -146,6 +148,9 @@ fuzz: $(SANITIZED)/built
 
 gpu-static: setup
 	$(BIN)/python tools/gpu_static.py --cache "$(CACHE)"
+
+gpu-pretend:
+	python3 tools/gpu_pretend.py --cache "$(CACHE)"
 
 PART ?= build tests
 gpu-suite:

@@ -6,6 +6,7 @@ weights and its configuration, no more; so before each call this module looks wh
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from operator import attrgetter
 from typing import Any
@@ -34,7 +35,7 @@ def reason(model: Network, x: Tensor) -> str | None:
     What it costs: docs/contract.md.
     """
     if torch.compiler.is_compiling():
-        return _reason_in_graph(model)
+        return _reason_in_graph(id(model))
     if (found := ops.transform()) is not None:
         return found
     if not _as_configured(model, x):
@@ -42,9 +43,13 @@ def reason(model: Network, x: Tensor) -> str | None:
     return found or out_of_range(x)
 
 
-@torch.compiler.assume_constant_result
-def _reason_in_graph(model: Network) -> str | None:
-    """The same for a graph that is being made: of its image nothing but the shape is known."""
+@torch.compiler.assume_constant_result  # whose arguments must be constants: a module is none in torch 2.11
+def _reason_in_graph(place: int) -> str | None:
+    """The same for a graph that is being made: of its image nothing but the shape is known.
+
+    place: the model's id, whom the caller holds.
+    """
+    model: Network = ctypes.cast(place, ctypes.py_object).value
     return hooked(model) or difference(model, next(model.parameters()))
 
 

@@ -197,6 +197,8 @@ def as_cpu(op: Any) -> Callable[..., Any]:
         with torch.cuda.device(device):  # torch's own operators have such a guard
             captures = DRIVER.pretend_captures(torch.cuda.current_stream().cuda_stream)
             submit(Work(name, again if captures else lambda: None, reads, writes))
+            if isinstance(out, (bool, int, float)):  # torch waits for what it tells the host
+                RUNTIME.cudaStreamSynchronize(torch.cuda.current_stream().cuda_stream)
         return result
 
     return call
@@ -234,7 +236,7 @@ def _between(to: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
 def item(t: Tensor) -> Any:
     with torch.cuda.device(t.device):
         RUNTIME.cudaStreamSynchronize(torch.cuda.current_stream().cuda_stream)
-    return on_host(t).item()
+    return on_host(t.detach()).item()
 
 
 def install() -> list[torch.library.Library]:

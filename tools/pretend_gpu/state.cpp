@@ -67,9 +67,11 @@ int check_launch(const Node& n) {
   return INVALID_CONFIGURATION;
 }
 
+// Work is done in the order in which it was asked for, by one thread at a time. That lock is not
+// the state's: work calls Python, and whoever holds Python's own lock asks for the state's.
 int put(Stream* stream, Node node) {
+  static std::recursive_mutex order;
   State& all = state();
-  Guard guard(all.lock);
   if (!stream) {
     complain(node.kind + " " + node.name + " in a stream that is not there");
     return INVALID_HANDLE;
@@ -79,15 +81,19 @@ int put(Stream* stream, Node node) {
              " while device " + std::to_string(current_device) + " is current");
     return INVALID_HANDLE;
   }
-  if (stream->capture == Capture::BROKEN) return CAPTURE_INVALIDATED;
-  if (stream->capture == Capture::ACTIVE) {
-    ++all.counts["captured " + node.kind];
-    stream->graph->nodes.push_back(std::make_unique<Node>(std::move(node)));
-    return OK;
+  const Guard in_turn(order);
+  {
+    Guard guard(all.lock);
+    if (stream->capture == Capture::BROKEN) return CAPTURE_INVALIDATED;
+    if (stream->capture == Capture::ACTIVE) {
+      ++all.counts["captured " + node.kind];
+      stream->graph->nodes.push_back(std::make_unique<Node>(std::move(node)));
+      return OK;
+    }
+    ++all.counts[node.kind];
+    if (node.kind == "kernel") ++all.counts["kernel " + node.name];
+    step(*stream);
   }
-  ++all.counts[node.kind];
-  if (node.kind == "kernel") ++all.counts["kernel " + node.name];
-  step(*stream);
   if (node.run) node.run(*stream);
   if (node.child) replay(node.child, *stream);
   return OK;

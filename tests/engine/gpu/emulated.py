@@ -52,7 +52,9 @@ def _taps(packed: Tensor, *channels: int) -> list[Tensor]:
 def _conv(x: Tensor, weight: Tensor) -> Tensor:
     """(N, H, W, C) -> (N, Cout, H, W) float32; autocast knows nothing of kernels."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x.float().permute(0, 3, 1, 2), weight, padding=1)
+        images = x.float().permute(0, 3, 1, 2)
+        # one at a time, as the kernels' bits do not depend on the batch, and torch's do on some CPUs
+        return torch.cat([F.conv2d(image[None], weight, padding=1) for image in images])
 
 
 def _image(s: Tensor) -> Tensor:

@@ -27,6 +27,12 @@ def why_no_gpu(whole_engine: bool = True) -> str | None:
     return gpu.missing() if whole_engine else ops.missing("cuda")
 
 
+# On the pretended GPU (tools/pretend_gpu), which computes on the host, the same on a network that it can.
+PRETENDED = torch.cuda.is_available() and torch.cuda.get_device_name(0).startswith("pretended")
+CONFIG = UNetConfig(channels=(16, 32, 48, 64)) if PRETENDED else UNetConfig()  # the paper's network
+SIZE = 16 if PRETENDED else 64
+
+
 def marks(whole_engine: bool = True) -> list[Any]:
     """Of a test on a GPU: `-m gpu` chooses it, and without one it is skipped."""
     reason = why_no_gpu(whole_engine)

@@ -16,7 +16,6 @@ import torch
 
 import fastphi
 from fastphi import reference, targets
-from fastphi.config import UNetConfig
 from fastphi.engine.gpu import match as gpu_match
 from fastphi.engine.gpu import runner as gpu
 from fastphi.unet import UNet
@@ -24,7 +23,7 @@ from fastphi.unet import UNet
 pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
 
 DEVICE = torch.device("cuda", 0)
-CONFIG, SIZE, BF16 = UNetConfig(), 64, torch.bfloat16  # the paper's network
+CONFIG, SIZE, BF16 = gpu_case.CONFIG, gpu_case.SIZE, torch.bfloat16
 TOLERANCE = 0.3  # of the loss: such images stop after some updates, not all after as many
 
 
@@ -38,7 +37,8 @@ def case(n: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     generator = torch.Generator().manual_seed(seed)
     x, other = torch.rand(2, n, 3, SIZE, SIZE, generator=generator).to(DEVICE)
     with torch.no_grad():
-        return x, network().phi(other), torch.full((512,), 1 / 512, device=DEVICE)
+        width = CONFIG.channels[-1]
+        return x, network().phi(other), torch.full((width,), 1 / width, device=DEVICE)
 
 
 def match(runner, x, target, weight, max_iter=12, tolerance=TOLERANCE, low=True):

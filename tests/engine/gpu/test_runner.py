@@ -24,7 +24,7 @@ from fastphi.unet import UNet
 pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
 
 DEVICE = torch.device("cuda", 0)
-CONFIG, SIZE = UNetConfig(), 64  # the paper's network
+CONFIG, SIZE = gpu_case.CONFIG, gpu_case.SIZE
 # Relative, in the 2-norm, of an image: see test_interpreted_runner.py. The sums are longer here.
 FP32, TF32 = 3e-6, 1e-2
 
