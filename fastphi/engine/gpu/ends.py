@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from fastphi.engine.gpu.layer import products, room_for_sums, weight_gradient
+from fastphi.engine.gpu.layer import gpu_op, products, room_for_sums, weight_gradient
 from fastphi.engine.op_rules import no_second_derivative
 
 # --- the first layer: image -> r, no norm, no scalar ---------------------------------------------
 
 
-@custom_op("fastphi::gpu_first_layer_fwd", mutates_args=())
+@gpu_op("gpu_first_layer_fwd")
 def first_layer_fwd(
     image: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -31,7 +30,7 @@ def _(image, weight, bias, dtype):
     return image.new_empty(*image.shape[:3], weight.shape[0], dtype=dtype)
 
 
-@custom_op("fastphi::gpu_first_layer_bwd", mutates_args=())
+@gpu_op("gpu_first_layer_bwd")
 def first_layer_bwd(
     d_r_out: Tensor, image: Tensor, weight: Tensor, r_out: Tensor, need_image: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +73,7 @@ def _first_backward(ctx, d_r_out):
 # --- the last layer: r, s -> image ---------------------------------------------------------------
 
 
-@custom_op("fastphi::gpu_last_layer_fwd", mutates_args=())
+@gpu_op("gpu_last_layer_fwd")
 def last_layer_fwd(r: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """s·conv(r) + b: (N, C, H, W) float32."""
     from fastphi.triton_kernels import fused_layer, last_layer
@@ -92,7 +91,7 @@ def _(r, s, weight, bias):
     return s.new_empty(r.shape[0], weight.shape[0], *r.shape[1:3])
 
 
-@custom_op("fastphi::gpu_last_layer_bwd", mutates_args=())
+@gpu_op("gpu_last_layer_bwd")
 def last_layer_bwd(
     d_out: Tensor, r: Tensor, s: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -129,7 +128,7 @@ def _last_backward(ctx, d_out):
 # --- up-sampling ---------------------------------------------------------------------------------
 
 
-@custom_op("fastphi::gpu_upsample_fwd", mutates_args=())
+@gpu_op("gpu_upsample_fwd")
 def upsample_fwd(r: Tensor, weight: Tensor) -> Tensor:
     """Transposed conv 2×2, stride 2: (N, H, W, C) -> (N, 2H, 2W, Cout)."""
     from fastphi.triton_kernels import upsample
@@ -147,7 +146,7 @@ def _(r, weight):
     return r.new_empty(n, 2 * height, 2 * width, weight.shape[1])
 
 
-@custom_op("fastphi::gpu_upsample_bwd", mutates_args=())
+@gpu_op("gpu_upsample_bwd")
 def upsample_bwd(d_out: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(d_r, d_weight): a matrix product per pixel, of its 2×2 places and their channels."""
     (n, height, width, c), c_out = r.shape, weight.shape[1]

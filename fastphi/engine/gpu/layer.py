@@ -7,6 +7,8 @@ scalar folded in: so neither needs a pass over the activations for it.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,21 @@ from torch.library import custom_op
 
 from fastphi.engine import ops
 from fastphi.engine.op_rules import no_second_derivative
+
+
+def gpu_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """A custom operator that works on its first tensor's device, whichever is current: Triton launches
+    on the current one."""
+
+    def made(call: Callable[..., Any]) -> Any:
+        @functools.wraps(call)
+        def guarded(first: Tensor, *rest: Any, **options: Any) -> Any:
+            with torch.cuda.device(first.device if first.is_cuda else -1):
+                return call(first, *rest, **options)
+
+        return custom_op(f"fastphi::{name}", mutates_args=())(guarded)
+
+    return made
 
 
 def products(dtype: torch.dtype) -> str:
@@ -38,7 +55,7 @@ def weight_gradient(d_z: Tensor, source: Tensor, shape: torch.Size) -> Tensor:
     return found.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-@custom_op("fastphi::gpu_layer_fwd", mutates_args=())
+@gpu_op("gpu_layer_fwd")
 def layer_fwd(
     r: Tensor,
     s: Tensor,
@@ -82,7 +99,7 @@ def _(r, s, r2, s2, weight, bias, gamma, eps):
     return out, scalars[0], torch.empty_like(out), scalars[1], scalars[2]
 
 
-@custom_op("fastphi::gpu_layer_bwd", mutates_args=())
+@gpu_op("gpu_layer_bwd")
 def layer_bwd(
     d_r_out: Tensor,
     d_s_out: Tensor,

@@ -128,3 +128,14 @@ def test_training_learns_as_the_reference_does():
     assert ours[-1] < (0.8 if gpu_case.PRETENDED else 0.5) * ours[0]  # a narrow one learns slower
     for a, b in zip(ours, theirs, strict=True):
         assert abs(a - b) <= 0.02 * b  # 0.003 at most, emulated; PyTorch's autocast 0.005
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_gpu_than_the_current_one():
+    other = torch.device("cuda", 1)
+    gradients = []
+    for device in (DEVICE, other):
+        model = gpu_case.network(CONFIG, 0, "cuda").to(device)
+        model(images(2).to(device)).square().sum().backward()
+        gradients.append([p.grad.cpu() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
