@@ -185,10 +185,12 @@ def _ends(options: dict[str, Any]) -> dict[str, Any]:
 
 def check_picture(picture: Path | None) -> None:
     """ValueError where matplotlib writes no such file: before the work, not after it."""
+    if picture is None:
+        return
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
-    if picture is not None and _suffix(picture) not in known:
+    if _suffix(picture) not in known:
         raise ValueError(f"picture: expected one of .{', .'.join(sorted(known))}; got {picture}")
 
 

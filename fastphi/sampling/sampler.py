@@ -236,6 +236,8 @@ def run(
             stack.enter_context(files.owned(path, "save"))
         earlier = earlier_run(path, settings) if resume else None
         state = sampler.start() if earlier is None else record.restore(earlier)
+        if earlier is not None and earlier.finished:  # by whoever held the file a moment ago
+            return record.result(state, finished=True)
         record.store(state)  # a path that cannot be written is found now, not after the first steps
         with progress_bar(sampler.plan, state.step, progress) as show:
             try:
