@@ -150,7 +150,7 @@ gpu-static: setup
 	$(BIN)/python tools/gpu_static.py --cache "$(CACHE)"
 
 gpu-pretend:
-	python3 tools/gpu_pretend.py --cache "$(CACHE)"
+	$(PYTHON) tools/gpu_pretend.py --cache "$(CACHE)"
 
 PART ?= build tests
 gpu-suite:

@@ -44,10 +44,10 @@ def environment(cache: Path) -> Path:
     """Its Python; made where it is not there, again where it was not finished."""
     venv = cache / "gpu-pretend" / "venv"
     if not (venv / "done").exists():
-        base = shutil.which(PYTHON)
-        if base is None:
+        if shutil.which(PYTHON) is None:
             sys.exit(f"gpu-pretend: no {PYTHON} on the PATH")
-        run(base, "-m", "venv", "--clear", venv)
+        # pyenv's stand-in of that name is on the PATH, but runs only where it is asked for
+        run(PYTHON, "-m", "venv", "--clear", venv, PYENV_VERSION=PYTHON.removeprefix("python"))
         run(venv / "bin/pip", "install", "-q", *PACKAGES)
         (venv / "done").touch()
     return venv / "bin"
