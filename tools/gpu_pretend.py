@@ -70,13 +70,18 @@ def libraries(out: Path, include: Path) -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Where things are: of every command that runs on the pretended GPU."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "fastphi")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu-pretend")
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     parser.add_argument("--toolkit", type=Path, default=toolkit)
-    options, rest = parser.parse_known_args()
+    return parser
+
+
+def ready(options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
+    """(the folder of its programs, the variables that they need): all made that is missing."""
     binaries, out = environment(options.cache), options.out.resolve()
     # before the libraries are in anybody's way: a build under them hangs
     build = ["setup.py", "-q", "build", "--build-base", out, "--build-lib", out / "lib"]
@@ -87,29 +92,22 @@ def main() -> None:
     }
     run(binaries / "python", *build, **wanted)
     pretended = libraries(out, options.toolkit / "include")
-    paths = (out / "lib", HERE, ROOT / "tests" / "engine" / "gpu")
-    command = [
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "plugin",
-        "-m",
-        "gpu",
-        "--timeout",
-        "300",
-    ]
-    run(
-        binaries / command[0],
-        *command[1:],
-        *(rest or ["tests"]),
-        PYTHONPATH=os.pathsep.join(map(str, paths)),
-        LD_LIBRARY_PATH=str(pretended),
-        LD_PRELOAD=str(pretended / "libcudart.so.13"),
-        TRITON_LIBCUDA_PATH=str(pretended),
-        OMP_NUM_THREADS="1",
-    )
+    return binaries, {
+        "PYTHONPATH": str(out / "lib"),
+        "LD_LIBRARY_PATH": str(pretended),
+        "LD_PRELOAD": str(pretended / "libcudart.so.13"),
+        "TRITON_LIBCUDA_PATH": str(pretended),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def main() -> None:
+    options, rest = arguments(__doc__).parse_known_args()
+    binaries, variables = ready(options)
+    paths = (variables["PYTHONPATH"], HERE, ROOT / "tests" / "engine" / "gpu")
+    variables["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    plain = ["-q", "-p", "no:cacheprovider", "-p", "plugin", "-m", "gpu", "--timeout", "300"]
+    run(binaries / "pytest", *plain, *(rest or ["tests"]), **variables)
 
 
 if __name__ == "__main__":
