@@ -3,6 +3,8 @@ statistics, gain, ReLU; where wanted the 2×2 mean pool and the sums over space.
 
     z = s·conv(r, W) [+ s2·conv(r2, W2)] + b        r_out = ReLU(γ z)        (partials of z)
 
+where s may still be in parts, as the layer before left it (`scalars.py`).
+
 Layouts: activations (N, H, W, C) dense; weights packed by `pack_weight`: (Cout, K), K = (source,
 ky, kx, channel), channels of a source padded with zeros to `tiles.padded`; s, bias, gamma,
 statistics and sums fp32.
@@ -33,8 +35,9 @@ from torch import Tensor
 
 from fastphi.engine.rounding import rounded
 
-from . import pack_taps, tiles
+from . import pack_taps, scalars, tiles
 from .box import accumulate, finish, idle, load_channels, per_pixel, store_box
+from .scalars import Parts, begin, merged
 from .support import (
     DTYPES,
     capability,
@@ -55,7 +58,11 @@ OP = "fused_layer_fwd"
 @jit
 def fused_layer_fwd_kernel(
     r,  # (N, H, W, C1)
-    s,  # (N,) fp32
+    s,  # (N,) fp32; written where there are parts
+    partials_in,  # (N, T, 3) fp32, parts of s, or None
+    mean_in,  # (N,) fp32 or None, written
+    std_in,
+    eps,
     r2,  # (N, H, W, C2) or None
     s2,  # (N,) fp32 or None
     weight,  # (Cout, K)
@@ -70,6 +77,9 @@ def fused_layer_fwd_kernel(
     N,
     H,
     W,
+    T: tl.constexpr,  # as of `scalars.merged`
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
     C1: tl.constexpr,
     C2: tl.constexpr,
     P1: tl.constexpr,  # C1, C2 padded
@@ -101,11 +111,15 @@ def fused_layer_fwd_kernel(
             return
     n = image + tl.arange(0, TN)
 
+    loaded = begin(s, partials_in, image, N, T, WIDTH, TN)
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
     acc = accumulate(acc, r, weight, image, y0, x0, channel, N, H, W, 9, K, 0, C1, P1,
                      COUT, COUT % BLOCK_N != 0, TN, TH, TW, BLOCK_N, BLOCK_K,
                      DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
-    scale = tl.load(s + n, mask=n < N, other=1.0)
+    first = (place == 0) & (block == 0)
+    scale = merged(
+        loaded, s, partials_in, mean_in, std_in, eps, image, N, first, T, WIDTH, LEVELS, TN
+    )
     if r2 is not None:
         # The first source is brought to the second's scale, so that the rest can be added to it.
         # The bound keeps 0·inf out; beyond it nothing would be left of the second source.
@@ -171,7 +185,7 @@ def sums_per_image(
     return _shape(c_in, c_out, H, W, dtype, device)[0]
 
 
-def _check_inputs(r, s, weight, bias, gamma, r2, s2) -> None:
+def _check_inputs(r, weight, bias, gamma, r2, s2) -> None:
     if r.ndim != 4:
         raise ValueError(f"{OP}: r has shape {tuple(r.shape)}, expected (N, H, W, C)")
     if (r2 is None) != (s2 is None):
@@ -180,7 +194,6 @@ def _check_inputs(r, s, weight, bias, gamma, r2, s2) -> None:
         )
     N, H, W, c1 = r.shape
     check(OP, "r", r, r.shape, DTYPES, r.device)
-    check(OP, "s", s, (N,), (torch.float32,), r.device)
     k = tiles.padded(c1)
     if r2 is not None:
         check(OP, "r2", r2, (N, H, W, r2.shape[-1]), (r.dtype,), r.device)
@@ -213,7 +226,7 @@ def _check_outputs(r, c_out, boxes, blocks, r_out, pooled, partials, sums, z_out
 
 def fused_layer_fwd(
     r: Tensor,  # (N, H, W, C1) bf16, fp16 or fp32
-    s: Tensor,  # (N,) fp32
+    s: Tensor | Parts,  # (N,) fp32
     weight: Tensor,  # (Cout, K) from pack_weight, in r's dtype
     bias: Tensor | None,  # (Cout,) fp32
     gamma: Tensor | None,  # (Cout,) fp32; None: no norm
@@ -233,8 +246,9 @@ def fused_layer_fwd(
     check_can_run(OP, r.device)
     check_precision(OP, precision)
     check_active(OP, active, r)
-    _check_inputs(r, s, weight, bias, gamma, r2, s2)
+    _check_inputs(r, weight, bias, gamma, r2, s2)
     N, H, W, c1 = r.shape
+    scale = scalars.checked(OP, s, N, r.device)
     c2 = 0 if r2 is None else r2.shape[3]
     c_out = len(weight)
     c_in = (c1, c2) if c2 else (c1,)
@@ -254,7 +268,8 @@ def fused_layer_fwd(
         ends = [e if e is None else descriptor(e, b) for e, b in zip(ends, blocks_of, strict=True)]
     a, a2, w, out, small, z = ends
     fused_layer_fwd_kernel[(cdiv(N, t.images) * boxes * blocks,)](
-        a, s, a2, s2, w, bias, gamma, out, small, partials, sums, z, active, N, H, W,
+        r=a, r2=a2, s2=s2, weight=w, bias=bias, gamma=gamma, r_out=out, pooled=small,
+        partials=partials, sums=sums, z_out=z, active=active, N=N, H=H, W=W, **scale,
         **constants(c_in, c_out, H, W, r.dtype, t, relu, precision),
     )  # fmt: skip
 

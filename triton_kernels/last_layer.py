@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles
+from . import scalars, tiles
 from .box import accumulate, idle, load_channels, per_pixel
+from .scalars import Parts, begin, merged
 from .support import (
     DTYPES,
     capability,
@@ -46,7 +47,11 @@ OP = "last_layer_fwd"
 @jit
 def last_layer_fwd_kernel(
     r,  # (N, H, W, C), descriptor or pointer
-    s,  # (N,) fp32, or None: 1
+    s,  # (N,) fp32, or None: 1; as of `scalars.merged`, with what follows
+    partials_in,
+    mean_in,
+    std_in,
+    eps,
     weight,  # (COUT, K), descriptor or pointer
     bias,  # (COUT,) fp32 or None
     out,  # (N, COUT, H, W)
@@ -54,6 +59,9 @@ def last_layer_fwd_kernel(
     N,
     H,
     W,
+    T: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,  # C padded
     COUT: tl.constexpr,
@@ -76,13 +84,16 @@ def last_layer_fwd_kernel(
         if idle(active, image, N, TN):
             return
 
+    if s is not None:
+        loaded = begin(s, partials_in, image, N, T, WIDTH, TN)
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
     acc = accumulate(acc, r, weight, image, y0, x0, 0, N, H, W, 9, 9 * P, 0, C, P, COUT, True,
                      TN, TH, TW, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
-    n = image + tl.arange(0, TN)
     value = acc
     if s is not None:
-        value *= per_pixel(tl.load(s + n, mask=n < N, other=1.0), TN, PIXELS)
+        scale = merged(loaded, s, partials_in, mean_in, std_in, eps, image, N, place == 0,
+                       T, WIDTH, LEVELS, TN)  # fmt: skip
+        value *= per_pixel(scale, TN, PIXELS)
     if bias is not None:
         value += load_channels(bias, 0, COUT, BLOCK_N)
     m = tl.arange(0, TN * PIXELS)
@@ -99,7 +110,7 @@ def last_layer_fwd_kernel(
 
 def last_layer_fwd(
     r: Tensor,  # (N, H, W, C) bf16, fp16 or fp32
-    s: Tensor | None,  # (N,) fp32; None: 1
+    s: Tensor | Parts | None,  # (N,) fp32; None: 1
     weight: Tensor,  # (Cout, K) from fused_layer.pack_weight, in r's dtype; Cout from 1 to 4
     bias: Tensor | None,  # (Cout,) fp32
     out: Tensor,  # (N, Cout, H, W) fp32 or r's dtype
@@ -118,8 +129,7 @@ def last_layer_fwd(
         raise ValueError(f"{OP}: weight has {c_out} output channels, expected 1 to 4")
     check(OP, "r", r, r.shape, DTYPES, r.device)
     check_active(OP, active, r)
-    if s is not None:
-        check(OP, "s", s, (N,), (torch.float32,), r.device)
+    scale = scalars.checked(OP, s, N, r.device)
     check(
         OP, "weight (from pack_weight)", weight, (c_out, 9 * tiles.padded(c)), (r.dtype,), r.device
     )
@@ -134,7 +144,7 @@ def last_layer_fwd(
         a = descriptor(r, (t.images, t.rows, t.columns, t.block_k))
         w = descriptor(weight, (t.block_n, t.block_k))
     last_layer_fwd_kernel[(cdiv(N, t.images) * cdiv(H, t.rows) * cdiv(W, t.columns),)](
-        a, s, w, bias, out, active, N, H, W,
+        r=a, weight=w, bias=bias, out=out, active=active, N=N, H=H, W=W, **scale,
         **constants(c, c_out, r.dtype, t, precision),
     )  # fmt: skip
 

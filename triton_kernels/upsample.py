@@ -29,8 +29,9 @@ from torch import Tensor
 
 from fastphi.engine.rounding import rounded
 
-from . import tiles
+from . import scalars, tiles
 from .box import accumulate, per_pixel
+from .scalars import Parts, begin, merged
 from .support import (
     DTYPES,
     capability,
@@ -51,13 +52,20 @@ OP = "upsample_fwd"
 @jit
 def upsample_fwd_kernel(
     r,  # (N, H, W, C), descriptor or pointer
-    s,  # (N,) fp32; read with a bias only
+    s,  # (N,) fp32; read with a bias only; as of `scalars.merged`, with what follows
+    partials_in,
+    mean_in,
+    std_in,
+    eps,
     weight,  # (4·COUT, P), descriptor or pointer
     bias,  # (COUT,) fp32 or None
     out,  # (N, H, 2, W, 2·COUT), descriptor or pointer
     N,
     H,
     W,
+    T: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,  # C padded
     COUT: tl.constexpr,
@@ -81,6 +89,8 @@ def upsample_fwd_kernel(
     y0, x0 = place // across * TH, place % across * TW
     dy, column = block // BLOCKS, block % BLOCKS * BLOCK_N
 
+    if bias is not None:
+        loaded = begin(s, partials_in, image, N, T, WIDTH, TN)
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
     # rows beyond this dy's belong to the other one, or are masked: they are not written
     acc = accumulate(acc, r, weight, image, y0, x0, dy * 2 * COUT + column, N, H, W, 1, P, 0, C, P,
@@ -88,8 +98,9 @@ def upsample_fwd_kernel(
                      DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
     j = column + tl.arange(0, BLOCK_N)
     if bias is not None:
-        n = image + tl.arange(0, TN)
-        acc *= per_pixel(tl.load(s + n, mask=n < N, other=1.0), TN, PIXELS)
+        scale = merged(loaded, s, partials_in, mean_in, std_in, eps, image, N,
+                       (place == 0) & (block == 0), T, WIDTH, LEVELS, TN)  # fmt: skip
+        acc *= per_pixel(scale, TN, PIXELS)
         acc += tl.load(bias + j % COUT)[:, None]
     if UPCAST:
         acc = round_to_bf16(acc)
@@ -119,7 +130,7 @@ def pack_upsample_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def upsample_fwd(
     r: Tensor,  # (N, H, W, C) bf16, fp16 or fp32
-    s: Tensor | None,  # (N,) fp32; needed with a bias
+    s: Tensor | Parts | None,  # (N,) fp32; needed with a bias, and not read without
     weight: Tensor,  # (4·Cout, K) from pack_upsample_weight, in r's dtype
     bias: Tensor | None,  # (Cout,) fp32
     out: Tensor,  # (N, 2H, 2W, Cout)
@@ -141,7 +152,7 @@ def upsample_fwd(
         check(OP, "bias", bias, (c_out,), (torch.float32,), r.device)
         if s is None:
             raise ValueError(f"{OP}: s is None, expected the images' scalars, as there is a bias")
-        check(OP, "s", s, (N,), (torch.float32,), r.device)
+    scale = scalars.checked(OP, s if bias is not None else None, N, r.device)
     if r.numel() == 0:
         return
     t = tiles.upsample_tile(c, c_out, H, W, r.dtype, capability(r.device))
@@ -152,7 +163,8 @@ def upsample_fwd(
         o = descriptor(o, (t.images, t.rows, 1, t.columns, t.block_n))
     programs = cdiv(N, t.images) * cdiv(H, t.rows) * cdiv(W, t.columns)
     upsample_fwd_kernel[(programs * 2 * cdiv(2 * c_out, t.block_n),)](
-        a, s, w, bias, o, N, H, W, **constants(c, c_out, r.dtype, t, precision)
+        r=a, weight=w, bias=bias, out=o, N=N, H=H, W=W, **scale,
+        **constants(c, c_out, r.dtype, t, precision)
     )  # fmt: skip
 
 
