@@ -6,6 +6,7 @@
 #include "content.h"
 #include "match.h"
 #include "pixel.h"
+#include "statistics.h"
 
 namespace fastphi {
 
@@ -72,30 +73,60 @@ inline void check_image_size(i64 channels, i64 height, i64 width) {
                   height, " x ", width);
 }
 
-// partials (N, T, 3), s (N,)
-inline void check_combine_stats(Device device, const Tensor& partials, const Tensor& s) {
-  const i64 n = size_of(partials, 0);
-  check(partials, "partials", device, partials, {ScalarType::Float}, {n, ANY, 3});
-  check(s, "s", device, partials, {ScalarType::Float}, {n});
-}
-
 // partials (N, T, 3); s, mean, std (N,)
 inline void check_combine_moments(Device device, const Tensor& partials, const Tensor& s,
                                   const Tensor& mean, const Tensor& std) {
-  check_combine_stats(device, partials, s);
-  const i64 n = partials.sizes()[0];
+  const i64 n = size_of(partials, 0);
+  check(partials, "partials", device, partials, {ScalarType::Float}, {n, ANY, 3});
+  check(s, "s", device, partials, {ScalarType::Float}, {n});
   check(mean, "mean", device, partials, {ScalarType::Float}, {n});
   check(std, "std", device, partials, {ScalarType::Float}, {n});
 }
 
-// sums (N, T, C), s (N,), means (N, C)
-inline void check_combine_means(Device device, const Tensor& sums, const Tensor& s, int64_t pixels,
-                                const Tensor& means) {
-  const i64 n = size_of(sums, 0);
-  check(sums, "sums", device, sums, {ScalarType::Float}, {n, ANY, ANY});
-  check(s, "s", device, sums, {ScalarType::Float}, {n});
-  check(means, "means", device, sums, {ScalarType::Float}, {n, size_of(sums, 2)});
-  STD_TORCH_CHECK(pixels > 0, "pixels: expected a positive number, got ", pixels);
+// Of each block: sums (N, T, C), s (N,), means (N, C); of the last one partials (N, T, 3), and
+// mean, std (N,), where they are given. In launches of at most MEANS_BLOCKS.
+inline std::vector<Means> check_combine_means(Device device, const std::vector<Tensor>& sums,
+                                              const std::vector<Tensor>& s, const Shape& pixels,
+                                              const std::vector<Tensor>& means,
+                                              const OptionalTensor& partials, double eps,
+                                              const OptionalTensor& mean,
+                                              const OptionalTensor& std) {
+  const size_t count = sums.size();
+  STD_TORCH_CHECK(count > 0 && s.size() == count && pixels.size() == count && means.size() == count,
+                  "sums, s, pixels, means: expected as many of each, at least one, got ", count,
+                  ", ", s.size(), ", ", pixels.size(), " and ", means.size());
+  const Tensor& first = sums[0];
+  const i64 n = size_of(first, 0);
+  std::vector<Means> all;
+  for (size_t b = 0; b < count; ++b) {
+    check(sums[b], "sums", device, first, {ScalarType::Float}, {n, ANY, ANY});
+    check(s[b], "s", device, first, {ScalarType::Float}, {n});
+    check(means[b], "means", device, first, {ScalarType::Float}, {n, size_of(sums[b], 2)});
+    STD_TORCH_CHECK(pixels[b] > 0, "pixels: expected a positive number, got ", pixels[b]);
+    if (b % MEANS_BLOCKS == 0) all.push_back({n});
+    Means& a = all.back();
+    a.sums[a.blocks] = data<float>(sums[b]);
+    a.s[a.blocks] = mutable_data<float>(s[b]);
+    a.slots[a.blocks] = static_cast<int>(sums[b].sizes()[1]);
+    a.channels[a.blocks] = static_cast<int>(sums[b].sizes()[2]);
+    a.pixels[a.blocks] = static_cast<float>(pixels[b]);
+    a.means[a.blocks++] = mutable_data<float>(means[b]);
+  }
+  STD_TORCH_CHECK(mean.has_value() == std.has_value() && (partials || !mean),
+                  "mean, std: expected both or none, and none without partials");
+  if (partials) {
+    check(*partials, "partials", device, first, {ScalarType::Float}, {n, ANY, 3});
+    Means& a = all.back();
+    a.partials = data<float>(*partials);
+    a.parts = static_cast<int>(partials->sizes()[1]);
+    a.eps = static_cast<float>(eps);
+    if (mean) {
+      check(*mean, "mean", device, first, {ScalarType::Float}, {n});
+      check(*std, "std", device, first, {ScalarType::Float}, {n});
+      a.mean = mutable_data<float>(*mean), a.std = mutable_data<float>(*std);
+    }
+  }
+  return all;
 }
 
 // image (N, A, B, D) -> out, whose sizes are the image's in the order `axes`

@@ -47,9 +47,10 @@ void weights_content(std::vector<Tensor> parameters, Tensor sums);
 double largest_magnitude(Tensor x);
 Tensor noise_normal(int64_t seed, Tensor sample, int64_t stream, Tensor draw, int64_t channels,
                     int64_t height, int64_t width);
-void combine_stats(Tensor partials, double eps, Tensor s);
 void combine_moments(Tensor partials, double eps, Tensor s, Tensor mean, Tensor std);
-void combine_means(Tensor sums, Tensor s, int64_t pixels, Tensor means);
+void combine_means(std::vector<Tensor> sums, std::vector<Tensor> s, Shape pixels,
+                   std::vector<Tensor> means, OptionalTensor partials, double eps,
+                   OptionalTensor mean, OptionalTensor std);
 void noisy_image(Tensor images, OptionalTensor rows, Tensor sigma, int64_t seed, Tensor sample,
                  int64_t stream, Tensor draw, Tensor out);
 void image_to_nhwc(Tensor image, Tensor out);

@@ -66,11 +66,12 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
 
   // The GPU engine's, into buffers that are there: nothing is allocated, no data is read on the
   // host. The CPU has them too, to the same bits, so that the engine can be rehearsed there.
-  m.def("combine_stats(Tensor partials, float eps, Tensor(a!) s) -> ()");
   m.def(
       "combine_moments(Tensor partials, float eps, Tensor(a!) s, Tensor(b!) mean, Tensor(c!) std) "
       "-> ()");
-  m.def("combine_means(Tensor sums, Tensor s, int pixels, Tensor(a!) means) -> ()");
+  m.def(
+      "combine_means(Tensor[] sums, Tensor(a!)[] s, int[] pixels, Tensor(b!)[] means, Tensor? "
+      "partials, float eps, Tensor(c!)? mean, Tensor(d!)? std) -> ()");
   m.def(
       "noisy_image(Tensor images, Tensor? rows, Tensor sigma, int seed, Tensor sample, int stream, "
       "Tensor draw, Tensor(a!) out) -> ()");
@@ -85,6 +86,7 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "Tensor(b!) m, Tensor(c!) v, Tensor(d!) image) -> ()");
   m.def("match_remaining(Tensor active, Tensor(a!) remaining) -> ()");
   m.def("cuda_build_info() -> str");
+  m.def("new_stream(int device) -> int");
 }
 
 namespace fastphi {
@@ -123,7 +125,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("match_steps", TORCH_BOX(&match_steps));
   m.impl("match_steps_bf16", TORCH_BOX(&match_steps_bf16));
   m.impl("noise_normal", TORCH_BOX(&noise_normal));
-  m.impl("combine_stats", TORCH_BOX(&combine_stats));
   m.impl("combine_moments", TORCH_BOX(&combine_moments));
   m.impl("combine_means", TORCH_BOX(&combine_means));
   m.impl("noisy_image", TORCH_BOX(&noisy_image));

@@ -52,4 +52,22 @@ FASTPHI_INLINE float sum_lane(const float* sums, int slots, int channels, int la
   return sum;
 }
 
+// The sums of several blocks of the network, and where their means go: the arguments of one launch.
+constexpr int MEANS_BLOCKS = 16;
+
+struct Means {
+  i64 n;
+  int blocks;
+  const float* sums[MEANS_BLOCKS];  // (n, slots, channels)
+  float* s[MEANS_BLOCKS];           // (n) or null for 1
+  int slots[MEANS_BLOCKS], channels[MEANS_BLOCKS];
+  float pixels[MEANS_BLOCKS];
+  float* means[MEANS_BLOCKS];  // (n, channels)
+  // What the s of the last block is merged from, (n, parts, 3), or null: it is there.
+  const float* partials;
+  int parts;
+  float eps;
+  float *mean, *std;  // (n) or null, written with s
+};
+
 }  // namespace fastphi

@@ -73,10 +73,11 @@ void store(void* memory, T word) {
 
 template <class Kernel, class... Arguments>
 void emulate(dim3 grid, dim3 block, const Kernel& kernel, Arguments... arguments) {
-  expect(grid.x > 0 && grid.y > 0 && grid.y <= 65535, "a grid that CUDA refuses");
+  expect(grid.x > 0 && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535,
+         "a grid that CUDA refuses");
   gridDim = grid, blockDim = block;
   const int threads = static_cast<int>(block.x * block.y);
-  for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+  for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
     for (float& value : shared_memory) value = NAN;
     whole_block = std::make_unique<std::barrier<>>(threads);
     warps.clear();
@@ -86,7 +87,7 @@ void emulate(dim3 grid, dim3 block, const Kernel& kernel, Arguments... arguments
       running.emplace_back([=] {
         thread_number = t;
         threadIdx = dim3(t % block.x, t / block.x);
-        blockIdx = dim3(b % grid.x, b / grid.x);
+        blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
         kernel(arguments...);
         warps[t / 32]->arrive_and_drop();  // who has returned is not waited for
         whole_block->arrive_and_drop();

@@ -44,12 +44,9 @@ void nhwc(i64 n, int c, int p, const void* image, int in, void* out, int to) {
 void nchw(i64 n, int c, int p, const void* image, int in, void* out, int to) {
   launch_image_to_nchw(n, c, p, image, DTYPE(in), out, DTYPE(to), nullptr);
 }
-void stats(i64 n, int slots, const float* partials, float eps, float* s) {
-  launch_combine_stats(n, slots, partials, eps, s, nullptr, nullptr, nullptr);
-}
 void moments(i64 n, int slots, const float* partials, float eps, float* s, float* mean,
              float* std) {
-  launch_combine_stats(n, slots, partials, eps, s, mean, std, nullptr);
+  launch_combine_moments(n, slots, partials, eps, s, mean, std, nullptr);
 }
 void loss(i64 n, i64 rows, int c, float pixels, const float* phi, const float* target,
           const float* weight, const float* s, const double* settings, float* losses, i64* updates,
@@ -71,8 +68,15 @@ void content(int n, const void* const* at, const i64* bytes, i64* sums) {
 void remaining(i64 n, const int32_t* active, int32_t* left) {
   launch_match_remaining(n, active, left, nullptr);
 }
-void means(i64 n, int slots, int c, const float* sums, const float* s, float pixels, void* out) {
-  launch_combine_means(n, slots, c, sums, s, pixels, out, Dtype::FLOAT32, nullptr);
+void means(i64 n, int slots, int c, const float* sums, float* s, float pixels, float* out,
+           const float* partials, int parts, float eps, float* mean, float* std) {
+  Means a{n, 2};  // the same sums twice, of which the second merges its scalars
+  for (int b = 0; b < 2; ++b) {
+    a.sums[b] = sums, a.s[b] = s + b * n, a.slots[b] = slots, a.channels[b] = c;
+    a.pixels[b] = pixels, a.means[b] = out + b * n * c;
+  }
+  a.partials = partials, a.parts = parts, a.eps = eps, a.mean = mean, a.std = std;
+  launch_combine_means(a, Dtype::FLOAT32, nullptr);
 }
 int slots(int pixels, int c) { return spatial_mean_slots(pixels, c); }
 void spatial(i64 n, int pixels, int c, const void* r, int dtype, float* sums, void* out) {
@@ -193,20 +197,23 @@ def check_layouts(library: ctypes.CDLL, c: int, h: int, w: int) -> None:
 
 def check_combine(library: ctypes.CDLL) -> None:
     for slots, c in ((1, 3), (2, 100), (31, 33), (32, 64), (33, 1), (127, 5), (129, 5), (300, 2)):
-        partials, sums, s = torch.rand(3, slots, 3) + 0.1, torch.randn(3, slots, c), torch.rand(3)
-        want, out = buffer(3), buffer(3)
-        ops.combine_stats(partials, 1e-5, want)
-        call(library.stats, I64(3), slots, partials, F32(1e-5), out)
-        same(("combine_stats", slots), out, want)
+        partials, sums = torch.rand(3, slots, 3) + 0.1, torch.randn(3, slots, c)
         both = [[buffer(3) for _ in range(3)] for _ in range(2)]
         ops.combine_moments(partials, 1e-5, *both[0])
         call(library.moments, I64(3), slots, partials, F32(1e-5), *both[1])
         for a, b in zip(*both, strict=True):
             same(("combine_moments", slots), b, a)
-        want, out = buffer(3, c), buffer(3, c)
-        ops.combine_means(sums, s, 64, want)
-        call(library.means, I64(3), slots, c, sums, s, F32(64), out)
-        same(("combine_means", slots, c), out, want)
+        shapes = ((2, 3), (2, 3, c), (3,), (3,))  # s, means, mean, std
+        both = [[buffer(*shape) for shape in shapes] for _ in range(2)]
+        for s, *_ in both:
+            s[0] = torch.tensor([0.3, 0.7, 2.0])
+        (s, out, mean, std), theirs = both
+        ops.combine_means([sums] * 2, [*s], [64] * 2, [*out], partials, 1e-5, mean, std)
+        s, out, mean, std = theirs
+        call(library.means, I64(3), slots, c, sums, s, F32(64), out, partials, slots, F32(1e-5),
+             mean, std)  # fmt: skip
+        for a, b in zip(*both, strict=True):
+            same(("combine_means", slots, c), b, a)
 
 
 def check_content(library: ctypes.CDLL) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles
+from . import scalars, tiles
 from .box import finish, load_box, load_channels, per_pixel
+from .scalars import Parts, begin, merged
 from .support import (
     DTYPES,
     capability,
@@ -40,7 +41,11 @@ OP = "epilogue_fwd"
 @jit
 def epilogue_fwd_kernel(
     c,  # (N, H, W, COUT), descriptor or pointer, as c2, r_out and pooled
-    s,  # (N,) fp32
+    s,  # (N,) fp32; as of `scalars.merged`, with what follows
+    partials_in,
+    mean_in,
+    std_in,
+    eps,
     c2,  # (N, H, W, COUT) or None
     s2,  # (N,) fp32 or None
     bias,  # (COUT,) fp32 or None
@@ -52,6 +57,9 @@ def epilogue_fwd_kernel(
     N,
     H,
     W,
+    T: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
     COUT: tl.constexpr,
     TN: tl.constexpr,
     TH: tl.constexpr,
@@ -73,8 +81,11 @@ def epilogue_fwd_kernel(
     y0, x0, channel = place // across * TH, place % across * TW, block * BLOCK_N
     n = image + tl.arange(0, TN)
 
+    loaded = begin(s, partials_in, image, N, T, WIDTH, TN)
     z = load_box(c, image, y0, x0, channel, N, H, W, COUT, TN, TH, TW, BLOCK_N, DESCRIPTORS)
-    z *= per_pixel(tl.load(s + n, mask=n < N, other=1.0), TN, PIXELS)
+    scale = merged(loaded, s, partials_in, mean_in, std_in, eps, image, N, (place == 0) & (block == 0),
+                   T, WIDTH, LEVELS, TN)  # fmt: skip
+    z *= per_pixel(scale, TN, PIXELS)
     if c2 is not None:
         z2 = load_box(c2, image, y0, x0, channel, N, H, W, COUT, TN, TH, TW, BLOCK_N, DESCRIPTORS)
         z += z2 * per_pixel(tl.load(s2 + n, mask=n < N, other=1.0), TN, PIXELS)
@@ -102,7 +113,7 @@ def partials_per_image(c_out: int, H: int, W: int, dtype: torch.dtype, device: t
 
 def epilogue_fwd(
     c: Tensor,  # (N, H, W, Cout) bf16, fp16 or fp32
-    s: Tensor,  # (N,) fp32
+    s: Tensor | Parts,  # (N,) fp32
     bias: Tensor | None,  # (Cout,) fp32
     gamma: Tensor | None,  # (Cout,) fp32; None: no norm
     *,
@@ -129,7 +140,6 @@ def epilogue_fwd(
     for name, tensor, shape, dtypes in (
         ("c", c, c.shape, DTYPES),
         ("c2", c2, c.shape, (c.dtype,)),
-        ("s", s, (N,), single),
         ("s2", s2, (N,), single),
         ("bias", bias, (c_out,), single),
         ("gamma", gamma, (c_out,), single),
@@ -144,6 +154,7 @@ def epilogue_fwd(
         raise ValueError(f"{OP}: pooled needs even height and width, got {H}×{W}")
     if all(tensor is None for tensor in (r_out, pooled, partials, sums)):
         raise ValueError(f"{OP}: nothing to write: give r_out, pooled, partials or sums")
+    scale = scalars.checked(OP, s, N, c.device)
     if c.numel() == 0:
         return
     ends = [c, c2, r_out, pooled]
@@ -156,7 +167,8 @@ def epilogue_fwd(
         ]
     a, a2, out, small_out = ends
     epilogue_fwd_kernel[(cdiv(N, t.images) * boxes * blocks,)](
-        a, s, a2, s2, bias, gamma, out, small_out, partials, sums, N, H, W,
+        c=a, c2=a2, s2=s2, bias=bias, gamma=gamma, r_out=out, pooled=small_out,
+        partials=partials, sums=sums, N=N, H=H, W=W, **scale,
         **constants(c_out, H, W, c.dtype, t, relu),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@
 #include "../content.h"
 #include "../match.h"
 #include "../pixel.h"
+#include "../statistics.h"
 
 namespace fastphi {
 
@@ -27,13 +28,12 @@ cudaError_t launch_image_to_nhwc(i64 n, int channels, int pixels, const void* im
 cudaError_t launch_image_to_nchw(i64 n, int channels, int pixels, const void* image, Dtype in,
                                  void* out, Dtype to, cudaStream_t stream);
 
-// partials: (n, slots, 3), s: (n); mean, std: (n), or both null
-cudaError_t launch_combine_stats(i64 n, int slots, const float* partials, float eps, float* s,
-                                 float* mean, float* std, cudaStream_t stream);
+// partials: (n, slots, 3); s, mean, std: (n)
+cudaError_t launch_combine_moments(i64 n, int slots, const float* partials, float eps, float* s,
+                                   float* mean, float* std, cudaStream_t stream);
 
-// sums: (n, slots, channels), s: (n) or null for 1, means: (n, channels) float32 or bfloat16
-cudaError_t launch_combine_means(i64 n, int slots, int channels, const float* sums, const float* s,
-                                 float pixels, void* means, Dtype to, cudaStream_t stream);
+// to: of means, float32 or bfloat16
+cudaError_t launch_combine_means(const Means& a, Dtype to, cudaStream_t stream);
 
 // r: (n, pixels, channels) float32 or bfloat16 -> means: (n, channels) of the same dtype; sums:
 // (n, spatial_mean_slots, channels) float32, workspace

@@ -95,8 +95,11 @@ cudaError_t launch_spatial_mean_fwd(i64 n, int pixels, int channels, const void*
   else
     launch(n, pixels, channels, static_cast<const float*>(r), sums, stream);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  return launch_combine_means(n, spatial_mean_slots(pixels, channels), channels, sums, nullptr,
-                              static_cast<float>(pixels), means, dtype, stream);
+  Means a{n, 1};
+  a.sums[0] = sums, a.slots[0] = spatial_mean_slots(pixels, channels), a.channels[0] = channels;
+  a.pixels[0] = static_cast<float>(pixels);
+  a.means[0] = static_cast<float*>(means);  // of `dtype`
+  return launch_combine_means(a, dtype, stream);
 }
 
 }  // namespace fastphi

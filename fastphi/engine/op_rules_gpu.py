@@ -38,16 +38,11 @@ def _size(t: Tensor, dim: int) -> Any:
     return t.shape[dim] if t.dim() > dim else 0
 
 
-def _combine_stats_fake(partials, eps, s) -> None:
+def _combine_moments_fake(partials, eps, s, mean, std) -> None:
     n = _size(partials, 0)
     expect_like(partials, "partials", partials, _F32, (n, None, 3))
-    expect_like(s, "s", partials, _F32, (n,))
-
-
-def _combine_moments_fake(partials, eps, s, mean, std) -> None:
-    _combine_stats_fake(partials, eps, s)
-    for t, name in ((mean, "mean"), (std, "std")):
-        expect_like(t, name, partials, _F32, (partials.shape[0],))
+    for t, name in ((s, "s"), (mean, "mean"), (std, "std")):
+        expect_like(t, name, partials, _F32, (n,))
 
 
 def _match_loss_fake(
@@ -90,13 +85,27 @@ def _match_remaining_fake(active, remaining) -> None:
     expect_like(remaining, "remaining", active, (torch.int32,), (1,))
 
 
-def _combine_means_fake(sums, s, pixels, means) -> None:
-    n = _size(sums, 0)
-    expect_like(sums, "sums", sums, _F32, (n, None, None))
-    expect_like(s, "s", sums, _F32, (n,))
-    expect_like(means, "means", sums, _F32, (n, sums.shape[2]))
-    if pixels <= 0:
-        raise RuntimeError(f"pixels: expected a positive number, got {pixels}")
+def _combine_means_fake(sums, s, pixels, means, partials, eps, mean, std) -> None:
+    counts = len(sums), len(s), len(pixels), len(means)
+    if len(set(counts)) != 1 or not sums:
+        raise RuntimeError(
+            "sums, s, pixels, means: expected as many of each, at least one, got {}, {}, {} and "
+            "{}".format(*counts)
+        )
+    n = _size(sums[0], 0)
+    for added, scale, count, out in zip(sums, s, pixels, means, strict=True):
+        expect_like(added, "sums", sums[0], _F32, (n, None, None))
+        expect_like(scale, "s", sums[0], _F32, (n,))
+        expect_like(out, "means", sums[0], _F32, (n, added.shape[2]))
+        if count <= 0:
+            raise RuntimeError(f"pixels: expected a positive number, got {count}")
+    if (mean is None) != (std is None) or (partials is None and mean is not None):
+        raise RuntimeError("mean, std: expected both or none, and none without partials")
+    if partials is not None:
+        expect_like(partials, "partials", sums[0], _F32, (n, None, 3))
+    for t, name in ((mean, "mean"), (std, "std")):
+        if t is not None:
+            expect_like(t, name, sums[0], _F32, (n,))
 
 
 def _noisy_image_fake(images, rows, sigma, seed, sample, stream, draw, out) -> None:
@@ -130,7 +139,6 @@ def _noise_normal_fake(seed, sample, stream, draw, channels, height, width):
 
 
 FAKES: dict[str, Any] = {
-    "combine_stats": _combine_stats_fake,
     "combine_moments": _combine_moments_fake,
     "combine_means": _combine_means_fake,
     "match_loss": _match_loss_fake,

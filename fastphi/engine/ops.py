@@ -5,7 +5,7 @@ beside them: the true activation is s·r. That defers the norm's division by the
 which commutes with everything up to the next norm (csrc/README.md): the norm costs no pass over the
 data.
 
-The GPU engine's operators (combine_stats ... image_to_nchw) are of another kind: float32 and bfloat16,
+The GPU engine's operators (combine_moments ... image_to_nchw) are of another kind: float32 and bfloat16,
 into buffers that are there, so that a graph can be captured, and without gradients. A second
 library, fastphi/_cuda, has them for CUDA tensors; the first has them for the CPU, to the same bits.
 
@@ -177,27 +177,35 @@ def noise_normal(
     return _op("noise_normal")(seed, sample, stream, draw, channels, height, width)
 
 
-def combine_stats(partials: Tensor, eps: float, s: Tensor) -> None:
-    """Partial statistics to the scalar of the deferred norm: s[n] = 1/(std + eps).
+def combine_moments(partials: Tensor, eps: float, s: Tensor, mean: Tensor, std: Tensor) -> None:
+    """Partial statistics to the scalar of the deferred norm, s[n] = 1/(std + eps), and what a gradient
+    needs beside it.
 
     partials: (N, T, 3) float32, (count, mean, sum of squared deviations M2) of T parts of an image;
-    s: (N,) float32, written. The std is that of all parts together, biased. The order of the sums
-    depends on T alone: the same bits in every batch.
+    s, mean, std: (N,) float32, written. The std is that of all parts together, biased. The order of the
+    sums depends on T alone: the same bits in every batch.
     """
-    _op("combine_stats")(partials, eps, s)
-
-
-def combine_moments(partials: Tensor, eps: float, s: Tensor, mean: Tensor, std: Tensor) -> None:
-    """`combine_stats`, to the same bits, that also keeps what a gradient needs: mean, std (N,)."""
     _op("combine_moments")(partials, eps, s, mean, std)
 
 
-def combine_means(sums: Tensor, s: Tensor, pixels: int, means: Tensor) -> None:
-    """Sums over parts of an image to channel means: means[n, c] = s[n] Σ_t sums[n, t, c] / pixels.
+def combine_means(
+    sums: list[Tensor],
+    s: list[Tensor],
+    pixels: list[int],
+    means: list[Tensor],
+    partials: Tensor | None = None,
+    eps: float = 0.0,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> None:
+    """Sums over parts of an image to channel means, of several blocks of the network at once:
+    means[n, c] = s[n] Σ_t sums[n, t, c] / pixels.
 
     sums: (N, T, C) float32; s: (N,) float32; pixels: H·W; means: (N, C) float32, written.
+    partials: (N, T, 3), where the last block's s is still in parts: it is merged first, as by
+    `combine_moments`, into s[-1], mean and std (where they are given).
     """
-    _op("combine_means")(sums, s, pixels, means)
+    _op("combine_means")(sums, s, pixels, means, partials, eps, mean, std)
 
 
 def noisy_image(
@@ -288,6 +296,12 @@ def weights_content(parameters: list[Tensor]) -> Tensor:
     lanes = torch.empty(len(parameters), 1024, dtype=torch.int64, device=parameters[0].device)
     _op("weights_content")(parameters, lanes)
     return lanes.sum(dim=1)
+
+
+def new_stream(device: int) -> int:
+    """A CUDA stream of that device, which nobody else has and which does not wait for the legacy one: its
+    handle. It is there until the process ends."""
+    return _op("new_stream")(device)
 
 
 def match_remaining(active: Tensor, remaining: Tensor) -> None:

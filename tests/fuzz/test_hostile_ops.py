@@ -102,9 +102,9 @@ def others() -> Iterator[Call]:
     yield f.largest_magnitude.default, [r(2, 3, 4, 4)]
     yield f.image_to_nhwc.default, [r(n, 3, h, h), r(n, h, h, 3)]
     yield f.image_to_nchw.default, [r(n, h, h, 3), r(n, 3, h, h)]
-    yield f.combine_stats.default, [r(n, 4, 3), 1e-5, r(n)]
     yield f.combine_moments.default, [r(n, 4, 3), 1e-5, r(n), r(n), r(n)]
-    yield f.combine_means.default, [r(n, 4, c), r(n), 16, r(n, c)]
+    blocks = [[r(n, 4, c)] * 2, [r(n), r(n)], [16, 4], [r(n, c), r(n, c)]]
+    yield f.combine_means.default, [*blocks, r(n, 4, 3), 1e-5, r(n), r(n)]
     numbers = [r(n), 3, whole + 1, 2, whole]  # sigma, seed, sample, stream, draw
     pixels = (255 * r(2, h, h, 3)).to(torch.uint8)
     yield f.noisy_image.default, [pixels, whole, *numbers, r(n, h, h, 3)]

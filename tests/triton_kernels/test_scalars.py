@@ -13,7 +13,7 @@ from fastphi.engine import ops
 
 need_kernels()
 
-from fastphi.triton_kernels import fused_layer, last_layer, upsample  # noqa: E402
+from fastphi.triton_kernels import epilogue, fused_layer, last_layer, upsample  # noqa: E402
 from fastphi.triton_kernels.scalars import Parts  # noqa: E402
 
 EPS = 1e-5
@@ -104,6 +104,17 @@ def test_bits_in_an_upsampling_with_a_bias():
     upsample.upsample_fwd(x.r, p, weight, bias, outs[0])
     check(p)
     upsample.upsample_fwd(x.r, p.s, weight, bias, outs[1])
+    assert torch.equal(outs[0], outs[1])
+
+
+def test_bits_in_the_epilogue():
+    x = make(Case(3, 20, 20, (16,), 96), torch.float16)
+    c = guarded(torch.randn(3, 20, 20, 96, generator=torch.Generator().manual_seed(2)).half())
+    p = parts(3, 9)
+    outs = [poisoned(3, 20, 20, 96, dtype=torch.float16) for _ in range(2)]
+    epilogue.epilogue_fwd(c, p, x.bias, x.gamma, r_out=outs[0])
+    check(p)
+    epilogue.epilogue_fwd(c, p.s, x.bias, x.gamma, r_out=outs[1])
     assert torch.equal(outs[0], outs[1])
 
 

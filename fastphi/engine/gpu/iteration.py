@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastphi.engine import ops
 from fastphi.engine.gpu.pack import Transposed
-from fastphi.engine.gpu.plan import Plan
+from fastphi.engine.gpu.plan import Plan, Scalars, partials_of
 
 
 class Kept(NamedTuple):
@@ -48,7 +48,7 @@ class Iteration(Plan):
     settings: Tensor  # (3,) float64: lr, tolerance, max_iter
 
     def _iteration(self) -> list[Any]:
-        kept = self._forward()
+        kept = self._forward()  # whose scalars are merged when the loss wants them
         pixels = kept[-1].z.shape[1] * kept[-1].z.shape[2]
         self._add(
             ops.match_loss,
@@ -70,19 +70,22 @@ class Iteration(Plan):
     def _forward(self) -> list[Kept]:
         """The encoder and the middle block: their layers, the last of which leaves φ."""
         kept: list[Kept] = []
-        r, s = self.image, self.ones
+        r: Any = self.image
+        s: Scalars = self.ones
         names = list(self.transposed.layers)
         for name, after in zip(names, [*names[1:], ""], strict=True):
             last_of_block = name.split(".")[0] != after.split(".")[0]
             form = "full" if not last_of_block else "pooled" if after else "means"
-            layer, r = self._layer_forward(name, r, s, form)
-            s = layer.s
+            layer, r, s = self._layer_forward(name, r, s, form)
             kept.append(layer)
         return kept
 
-    def _layer_forward(self, name: str, r: Tensor, s: Tensor, form: str) -> tuple[Kept, Any]:
+    def _layer_forward(
+        self, name: str, r: Tensor, s: Scalars, form: str
+    ) -> tuple[Kept, Any, Scalars]:
         """A layer with all that its gradient needs, and the next one's input."""
         from fastphi.triton_kernels import first_layer, fused_layer
+        from fastphi.triton_kernels.scalars import Parts
 
         weights = self.packed.layers[name]
         (n, height, width, c), c_out = r.shape, len(weights.weight)
@@ -92,8 +95,8 @@ class Iteration(Plan):
         options: dict[str, Any] = dict(pooled=out, active=self.active, precision=self.precision)
         if name == "enc1.0":
             self._add(first_layer.first_layer_fwd, r, weights.weight, weights.bias, full, **options)
-            kept = Kept(name, r, s, full, self.ones, self.ones, self.ones, form)
-            return kept, full if out is None else out
+            kept = Kept(name, r, self.ones, full, self.ones, self.ones, self.ones, form)
+            return kept, full if out is None else out, self.ones
         if form == "full":
             out = options["r_out"] = self._take(tuple(full.shape))
         if form == "means":
@@ -111,11 +114,17 @@ class Iteration(Plan):
             partials=partials,
             **options,
         )
-        self._add(ops.combine_moments, partials, self.config.eps, s_out, mean, std)
+        self._give(partials_of(s))
         if form == "means":
-            self._add(ops.combine_means, options["sums"], s_out, height * width, self.phi)
-        self._give(partials, options.get("sums"))
-        return Kept(name, r, s, full, s_out, mean, std, form), out
+            sums, eps = options["sums"], self.config.eps
+            self._add(
+                ops.combine_means, *([sums], [s_out], [height * width], [self.phi]),
+                *(partials, eps, mean, std),
+            )  # fmt: skip
+            self._give(partials, sums)
+        source_s = s if isinstance(s, Tensor) else s.s
+        kept = Kept(name, r, source_s, full, s_out, mean, std, form)
+        return kept, out, Parts(partials, self.config.eps, s_out, mean, std)
 
     def _backward(self, kept: list[Kept]) -> None:
         """From the gradients of the last layer's r and s down to the image's."""

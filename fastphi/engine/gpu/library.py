@@ -79,7 +79,7 @@ def conv(r: Tensor, weight: Tensor) -> Tensor:
 
 def layer_fwd(
     r: Tensor,
-    s: Tensor,
+    s: Any,  # (N,), or Parts
     weights: tuple[Tensor, ...],  # from `split`
     bias: Tensor | None,
     gamma: Tensor | None,

@@ -18,7 +18,6 @@ from fastphi.engine import ops
 from fastphi.engine.gpu import loop
 from fastphi.engine.gpu.iteration import Iteration
 from fastphi.engine.gpu.pack import Packed, Transposed
-from fastphi.engine.gpu.plan import not_captured
 from fastphi.engine.network import Network
 
 STEPS = (
@@ -27,8 +26,8 @@ STEPS = (
 ROWS = 128  # the losses' rows come in multiples of this: one graph for most `max_iter`
 
 
-def capacity(n: int) -> int:
-    """Images that a plan for n of them is made for: few plans serve every batch."""
+def filled(n: int) -> int:
+    """Images that a plan for n of them is made for: those that are not there cost next to nothing."""
     return 1 << (n - 1).bit_length()
 
 
@@ -50,8 +49,6 @@ class MatchPlan(Iteration):
         rows: int,
     ) -> None:
         """shape: (capacity, H, W); rows: of the losses, max_iter + 1 at most."""
-        if device.type == "cuda":
-            not_captured(f"a batch of shape {shape} (N, H, W) is matched")
         self.config, self.packed, self.device, self.precision = (
             model.config,
             packed,
@@ -66,11 +63,8 @@ class MatchPlan(Iteration):
         iteration = self._iteration()
         self.launches = iteration * STEPS
         self.launches.append(functools.partial(ops.match_remaining, self.active, self.remaining))
-        self.graph, self.held = None, False
-        self.done = torch.cuda.Event() if device.type == "cuda" else None
         self.on_device: Any = None  # the loop, where it runs without the host
-        if self.done is not None:
-            self._capture()
+        self._finish()
 
     def _capture(self) -> None:
         make = loop.on_device(self.n, self.device)

@@ -4,23 +4,22 @@ memory and the graph that replays them.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastphi.engine import ops
 from fastphi.engine.gpu import library
+from fastphi.engine.gpu.capture import captured
 from fastphi.engine.gpu.pack import Packed
 
 if TYPE_CHECKING:
     from fastphi.config import UNetConfig
 
-
-_capturing = threading.Lock()  # torch captures with state of the whole process: one at a time
+Scalars: TypeAlias = Any  # (N,) float32; or Parts, which the first kernel that reads them merges
 
 
 def not_captured(what: str) -> None:
@@ -36,11 +35,19 @@ def widths(config: UNetConfig) -> dict[str, int]:
     return dict(zip(config.block_names, (*config.channels, *config.channels[-2:0:-1]), strict=True))
 
 
+def capacity(n: int) -> int:
+    """Images that a plan for n of them is made for: up to a quarter more, so that a batch that shrinks one
+    by one is captured a few times, not every time. Up to 8 images exactly n, and 16, 32, 64, ... too."""
+    step = 1 << max(0, (n - 1).bit_length() - 3)
+    return -(-n // step) * step
+
+
 class Plan:
     """The launches of one batch size, in network order, and the memory that they work in.
 
     image (N, H, W, C) is what they read; denoised (N, C, H, W) float32, or means {block: (N, C)
-    float32} up to block `until`, what they leave.
+    float32} up to block `until`, what they leave. In a graph that the caller captures they are made one
+    by one, in memory of that graph's own, and nothing is kept.
     """
 
     def __init__(
@@ -52,8 +59,6 @@ class Plan:
         until: str | None,
         precision: str,
     ) -> None:
-        if device.type == "cuda":
-            not_captured(f"a batch of shape {shape} (N, H, W) runs")
         self.config, self.packed, self.device, self.precision = config, packed, device, precision
         self.n, height, width = shape
         self.image = self._new((*shape, config.image_channels), packed.dtype)
@@ -68,67 +73,69 @@ class Plan:
         # what they hold is tensors, not this plan: it must go, with its memory, as soon as it is let go
         self.launches: list[Callable[[], None]] = []
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._summed: list[tuple[Tensor, Any, int, Tensor]] = []  # sums, scalars, pixels, means
         self._network(until)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.held = False  # a graph of the caller's works in the memory too
-        self.done = torch.cuda.Event() if device.type == "cuda" else None
-        if self.done is not None:
-            self._capture()
+        self._finish()
 
+    graph: torch.cuda.CUDAGraph | None = None
     graph_options: dict[str, bool] = {}  # of torch.cuda.CUDAGraph
+    done: torch.cuda.Event | None = None  # the last use
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self.done = torch.cuda.Event()
+            self._capture()
 
     # Before and after a use: the memory is one user's at a time, on whichever streams they are.
 
     def wait(self) -> None:
-        if self.done is not None and not torch.cuda.is_current_stream_capturing():
+        if self.done is not None:
             torch.cuda.current_stream().wait_event(self.done)
 
     def used(self) -> None:
-        if self.done is None:
-            return
-        if torch.cuda.is_current_stream_capturing():
-            self.held = True
-        else:
+        if self.done is not None:
             self.done.record()
 
     def run(self) -> None:
-        if self.graph is None or torch.cuda.is_current_stream_capturing():
-            for launch in self.launches:
-                launch()
+        if self.graph is None:
+            self._launch()
         else:
             self.graph.replay()
 
+    def _launch(self) -> None:
+        for launch in self.launches:
+            launch()
+
     def _capture(self) -> None:
         self.image.zero_()
-        self.run()  # compiles and loads, which a capture must not
+        self._launch()  # compiles and loads, which a capture must not
         torch.cuda.current_stream().synchronize()
-        graph = torch.cuda.CUDAGraph(**self.graph_options)
-        # torch's own capture stream is on the device that captured first
-        stream = torch.cuda.Stream(self.device)
-        with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self.run()
-        self.graph = graph
+        self.graph = captured(self._launch, self.device, **self.graph_options)
 
     def __del__(self) -> None:
-        if getattr(self, "done", None) is not None:
-            self.done.synchronize()  # type: ignore[union-attr]  # a stream may still work in the memory
+        if self.done is not None:
+            self.done.synchronize()  # a stream may still work in the memory
 
     # The network, once.
 
     def _network(self, until: str | None) -> None:
-        r, s, skips = self.image, self.ones, []
+        r: Any = self.image
+        s: Scalars = self.ones
+        skips = []
         for b in range(1, self.config.blocks + 1):
             r, pooled, s = self._block(f"enc{b}", r, s, pool=until != f"enc{b}", keep=self._decodes)
             if until == f"enc{b}":
-                return
+                return self._combine()
             skips.append((r, s))
             r = pooled
         r, _, s = self._block("mid", r, s, keep=self._decodes)
         for b in range(self.config.blocks, 0, -1):
             if until == "mid" or until == f"dec{b + 1}":
-                return
+                return self._combine()
             r, s = self._upsample(f"up{b}", r, s)
             r, _, s = self._block(f"dec{b}", r, s, skip=skips.pop())
+        if self.means:
+            return self._combine()
         self._image(r, s)
 
     @property
@@ -136,8 +143,15 @@ class Plan:
         return not self.means or any(name.startswith("dec") for name in self.means)
 
     def _block(
-        self, name: str, r: Any, s: Any, *, skip: Any = None, pool: bool = False, keep: bool = True
-    ) -> tuple[Any, Any, Tensor]:
+        self,
+        name: str,
+        r: Any,
+        s: Scalars,
+        *,
+        skip: Any = None,
+        pool: bool = False,
+        keep: bool = True,
+    ) -> tuple[Any, Any, Scalars]:
         """A block's (output, its 2×2 means, scalars); an output that nobody reads is not written."""
         names = [key for key in self.packed.layers if key.startswith(f"{name}.")]
         if name == "dec1":
@@ -157,31 +171,41 @@ class Plan:
         return r, pooled, s
 
     def _layer(
-        self, name: str, r: Tensor, s: Tensor, skip: Any, *, keep: bool, pool: bool, mean: Any
-    ) -> tuple[Any, Any, Tensor]:
+        self, name: str, r: Tensor, s: Scalars, skip: Any, *, keep: bool, pool: bool, mean: Any
+    ) -> tuple[Any, Any, Scalars]:
         layer = self.packed.layers[name]
         (n, height, width, _), c_out = r.shape, len(layer.weight)
         r_out = self._take((n, height, width, c_out)) if keep else None
         pooled = self._take((n, height // 2, width // 2, c_out)) if pool else None
         options: dict[str, Any] = dict(r_out=r_out, pooled=pooled)
-        s_out = self.ones
+        s_out: Scalars = self.ones
         launch, inputs, partials, sums = self._kernel(name, r, s, skip, options)
         if layer.gamma is not None:
-            options["partials"] = self._take((n, partials(), 3), torch.float32)
-            s_out = self._new((n,), torch.float32)
+            s_out = self._parts(n, partials())
+            options["partials"] = s_out.partials
         if mean is not None:
-            options["sums"] = self._take((n, sums(), c_out), torch.float32)
+            options["sums"] = self._new((n, sums(), c_out), torch.float32)
+            self._summed.append((options["sums"], s_out, height * width, mean))
         self.launches.append(lambda: launch(*inputs, **options))
-        if (parts := options.get("partials")) is not None:
-            eps = self.config.eps
-            self.launches.append(lambda: ops.combine_stats(parts, eps, s_out))
-        if (added := options.get("sums")) is not None:
-            self.launches.append(lambda: ops.combine_means(added, s_out, height * width, mean))
-        self._give(parts, added, options.get("r2"), None if r is self.image else r)
+        self._give(partials_of(s), options.get("r2"), None if r is self.image else r)
         return r_out, pooled, s_out
 
+    def _parts(self, n: int, count: int) -> Any:
+        """Room for a layer's statistics, and for what the first who reads them makes of them."""
+        from fastphi.triton_kernels.scalars import Parts
+
+        partials = self._take((n, count, 3), torch.float32)
+        return Parts(partials, self.config.eps, self._new((n,), torch.float32))
+
+    def _combine(self) -> None:
+        """The means of all blocks in one launch; the last one's scalars are nobody else's to merge."""
+        sums, scalars, pixels, means = ([*column] for column in zip(*self._summed, strict=True))
+        partials, eps = partials_of(scalars[-1]), self.config.eps
+        merged = [s if isinstance(s, Tensor) else s.s for s in scalars]
+        self.launches.append(lambda: ops.combine_means(sums, merged, pixels, means, partials, eps))
+
     def _kernel(
-        self, name: str, r: Tensor, s: Tensor, skip: Any, options: dict[str, Any]
+        self, name: str, r: Tensor, s: Scalars, skip: Any, options: dict[str, Any]
     ) -> tuple[Any, tuple[Any, ...], Callable[[], int], Callable[[], int]]:
         """Launcher and arguments of a layer, and how many partial statistics and sums an image has."""
         from fastphi.triton_kernels import epilogue, first_layer, fused_layer
@@ -195,6 +219,7 @@ class Plan:
             sums = partial(first_layer.sums_per_image, c_out, *place)
             return first_layer.first_layer_fwd, inputs, sums, sums
         r2, s2 = skip or (None, None)
+        s2 = s2 if s2 is None or isinstance(s2, Tensor) else s2.s  # merged by the next block
         options |= dict(r2=r2, s2=s2)
         c_in = (c,) if r2 is None else (c, r2.shape[3])
         if layer.library and library.takes(c_in, c_out, height, width, n, self.device):
@@ -212,7 +237,7 @@ class Plan:
             partial(fused_layer.sums_per_image, c_in, c_out, *place),
         )
 
-    def _upsample(self, name: str, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    def _upsample(self, name: str, r: Tensor, s: Scalars) -> tuple[Tensor, Scalars]:
         from fastphi.triton_kernels import upsample
 
         layer, precision = self.packed.layers[name], self.precision
@@ -222,9 +247,12 @@ class Plan:
             lambda: upsample.upsample_fwd(r, s, layer.weight, layer.bias, out, precision=precision)
         )
         self._give(r)
-        return out, s if layer.bias is None else self.ones  # a bias ends the deferral
+        if layer.bias is None:
+            return out, s
+        self._give(partials_of(s))
+        return out, self.ones  # a bias ends the deferral
 
-    def _image(self, r: Tensor, s: Tensor) -> None:
+    def _image(self, r: Tensor, s: Scalars) -> None:
         from fastphi.triton_kernels import last_layer
 
         layer, precision = list(self.packed.layers.values())[-1], self.precision
@@ -249,3 +277,8 @@ class Plan:
         for t in tensors:
             if t is not None:
                 self._free.setdefault((t.numel(), t.dtype), []).append(t)
+
+
+def partials_of(s: Scalars) -> Tensor | None:
+    """Where they are still in parts."""
+    return None if isinstance(s, Tensor) else s.partials

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastphi.engine import ops
 from fastphi.engine.gpu.layer import products
-from fastphi.engine.gpu.match import MatchPlan, capacity, rows_for
+from fastphi.engine.gpu.match import MatchPlan, filled, rows_for
 from fastphi.engine.gpu.pack import Packed, Watch
-from fastphi.engine.gpu.plan import Plan, not_captured, widths
+from fastphi.engine.gpu.plan import Plan, capacity, not_captured, widths
 from fastphi.engine.network import Network
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ def _put(x: Tensor, image: Tensor) -> None:
 class GPURunner:
     """The runner of the seam (`fastphi.engine.Runner`).
 
-    The first call with a batch size compiles and captures; later ones replay. Batches beyond `CHUNK`
-    pixels run in parts. Safe in threads and on any stream. A call that the caller captures in a graph of
-    their own keeps its memory for as long as the model lives. Under autocast it computes in autocast's
-    dtype. Means are float32, images of x's dtype.
+    The first call with a batch size (`capacity`) compiles and captures; later ones replay. Batches beyond
+    `CHUNK` pixels run in parts. Safe in threads and on any stream. A call that the caller captures in a
+    graph of their own is launch by launch part of it, in that graph's memory. Under autocast it computes
+    in autocast's dtype. Means are float32, images of x's dtype.
     """
 
     vouched: object | None = None
@@ -99,6 +99,8 @@ class GPURunner:
         self.model = model
         self._packed: dict[torch.dtype, Packed] = {}
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._compiled: set[tuple] = set()  # what a caller's graph may hold
+        self._in_graphs: list[Packed] = []  # weights that callers' graphs read
         self._lock = threading.Lock()
         self._watch = Watch()
 
@@ -106,13 +108,13 @@ class GPURunner:
     def denoise(self, x: Tensor) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         with self._lock:
-            for rows, plan in self._parts(x, until=None):
-                _put(x[rows], plan.image)
+            for rows, n, plan in self._parts(x, until=None):
+                _put(x[rows], plan.image[:n])
                 plan.run()
                 if self.model.config.residual:
-                    torch.sub(x[rows], plan.denoised, out=out[rows])
+                    torch.sub(x[rows], plan.denoised[:n], out=out[rows])
                 else:
-                    out[rows].copy_(plan.denoised)
+                    out[rows].copy_(plan.denoised[:n])
                 plan.used()
         return out
 
@@ -164,11 +166,11 @@ class GPURunner:
             )
         parts = []
         with self._lock:
-            for rows, plan in self._parts(x, "match", max_iter):
+            for rows, n, plan in self._parts(x, "match", max_iter):
                 try:
                     plan.start(x[rows], target[rows], weight, lr, max_iter, tolerance)
                     plan.loop(max_iter)
-                    parts.append(plan.results(rows.stop - rows.start, max_iter, x))
+                    parts.append(plan.results(n, max_iter, x))
                 finally:  # an interrupt, too: what is queued may still work in the memory
                     plan.used()
         images, losses, updates, converged = zip(*parts, strict=True)
@@ -192,16 +194,17 @@ class GPURunner:
             b: torch.empty(len(x), width[b], dtype=torch.float32, device=x.device) for b in names
         }
         with self._lock:
-            for rows, plan in self._parts(x, until=names[-1]):
-                fill(rows, plan.image)
+            for rows, n, plan in self._parts(x, until=names[-1]):
+                fill(rows, plan.image[:n])
                 plan.run()
-                for name, mean in out.items():
-                    mean[rows].copy_(plan.means[name])
+                torch._foreach_copy_(
+                    [mean[rows] for mean in out.values()], [plan.means[name][:n] for name in out]
+                )  # one launch
                 plan.used()
         return out
 
     def _parts(self, x: Tensor, until: str | None, max_iter: int = 0) -> Any:
-        """(rows, the plan that serves them) of each part of a batch, the device made current.
+        """(rows, how many, the plan that serves them) of each part of a batch, the device made current.
 
         until: what the plan is for: the block to stop after, None for the image, or "match".
         """
@@ -212,13 +215,13 @@ class GPURunner:
                 packed = self._pack(dtype)
             for start in range(0, len(x), most):
                 rows = slice(start, min(start + most, len(x)))
-                shape = (rows.stop - start, *x.shape[2:])
+                n = rows.stop - start
                 with _lasting():
                     if until == "match":
-                        plan: Plan = self._match_plan(shape, packed, x.device, max_iter)
+                        plan: Plan = self._match_plan(n, x, packed, max_iter)
                     else:
-                        plan = self._plan(shape, packed, x.device, until)
-                yield rows, plan
+                        plan = self._plan(n, min(most, capacity(n)), x, packed, until)
+                yield rows, n, plan
 
     def _pack(self, dtype: torch.dtype) -> Packed:
         """The packed weights: made when first needed, made anew in place when a parameter changed, as
@@ -267,23 +270,31 @@ class GPURunner:
         )
         return True
 
-    def _plan(
-        self, shape: tuple[int, ...], packed: Packed, device: torch.device, until: str | None
-    ) -> Plan:
+    def _plan(self, n: int, room: int, x: Tensor, packed: Packed, until: str | None) -> Plan:
+        """Of `room` images; in a caller's graph of n, for this call alone."""
         precision = products(packed.dtype)
-        return self._kept(
-            (shape, packed.dtype, device, until, precision),
-            lambda: Plan(self.model.config, packed, shape, device, until, precision),
-        )
+        kind = (*x.shape[2:], packed.dtype, x.device, until, precision)
 
-    def _match_plan(
-        self, shape: tuple[int, ...], packed: Packed, device: torch.device, max_iter: int
-    ) -> MatchPlan:
+        def make(count: int) -> Plan:
+            shape = (count, *x.shape[2:])
+            return Plan(self.model.config, packed, shape, x.device, until, precision)
+
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            if kind not in self._compiled:
+                not_captured(f"a batch of shape {(n, *x.shape[2:])} (N, H, W) runs")
+            if packed not in self._in_graphs:
+                self._in_graphs.append(packed)
+            return make(n)
+        plan = self._kept((room, *kind), lambda: make(room))
+        self._compiled.add(kind)
+        return plan
+
+    def _match_plan(self, n: int, x: Tensor, packed: Packed, max_iter: int) -> MatchPlan:
         precision = products(packed.dtype)
-        shape, rows = (capacity(shape[0]), *shape[1:]), rows_for(max_iter)
+        shape, rows = (filled(n), *x.shape[2:]), rows_for(max_iter)
         plan = self._kept(
-            (shape, packed.dtype, device, "match", rows, precision),
-            lambda: MatchPlan(self.model, packed, shape, device, precision, rows),
+            (shape, packed.dtype, x.device, "match", rows, precision),
+            lambda: MatchPlan(self.model, packed, shape, x.device, precision, rows),
         )
         plan.refresh(self.model)
         return plan
@@ -291,9 +302,8 @@ class GPURunner:
     def _kept(self, key: tuple, make: Callable[[], Any]) -> Any:
         """The plan of this key, made when first asked for, ready to be used on the current stream."""
         if key not in self._plans:
-            free = [k for k, p in self._plans.items() if not p.held]
-            if len(free) >= KEPT:
-                del self._plans[free[0]]
+            while len(self._plans) >= KEPT:
+                self._plans.popitem(last=False)
             self._plans[key] = make()
         self._plans.move_to_end(key)
         self._plans[key].wait()

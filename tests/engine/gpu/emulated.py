@@ -23,7 +23,10 @@ from fastphi.triton_kernels import (
     tiles,
     upsample,
 )
+from fastphi.triton_kernels.scalars import Parts
 from torch import Tensor
+
+from fastphi.engine import ops
 
 
 @contextlib.contextmanager
@@ -76,6 +79,17 @@ def _first_slot(out: Tensor | None, value: Tensor, active: Tensor | None) -> Non
         _put(out, whole, active)
 
 
+def _scalars(s: Any, active: Tensor | None) -> Any:
+    """(N,), merged where they are still in parts, by the operator to whose bits the kernels merge."""
+    if not isinstance(s, Parts):
+        return s
+    found = [torch.empty_like(s.s) for _ in range(3)]
+    ops.combine_moments(s.partials, s.eps, *found)
+    for out, value in zip(s[2:], found, strict=True):
+        _put(out, value, active)
+    return found[0]
+
+
 def _outputs(value: Tensor, r_out, pooled, sums, active) -> None:
     _put(r_out, value.permute(0, 2, 3, 1), active)
     if pooled is not None:
@@ -87,6 +101,7 @@ def _fused_layer_fwd(
     r, s, weight, bias, gamma, *, r2=None, s2=None, r_out=None, pooled=None, partials=None,
     sums=None, z_out=None, active=None, relu=True, precision="ieee",
 ) -> None:  # fmt: skip
+    s = _scalars(s, active)
     channels = (r.shape[3],) if r2 is None else (r.shape[3], r2.shape[3])
     weights = _taps(weight, *channels)
     z = _image(s) * _conv(r, weights[0])
@@ -116,6 +131,7 @@ def _first_layer_fwd(
 
 
 def _last_layer_fwd(r, s, weight, bias, out, *, active=None, precision="ieee") -> None:
+    s = _scalars(s, active)
     value = _conv(r, *_taps(weight, r.shape[3]))
     if s is not None:
         value *= _image(s)
@@ -129,7 +145,7 @@ def _upsample_fwd(r, s, weight, bias, out, *, precision="ieee") -> None:
     with torch.autocast(r.device.type, enabled=False):
         value = (r.float().reshape(-1, c) @ weight[:, :c].float().T).view(n, h, w, 2, 2, -1)
     if bias is not None:
-        value = value * s.view(n, 1, 1, 1, 1, 1) + bias
+        value = value * _scalars(s, None).view(n, 1, 1, 1, 1, 1) + bias
     _put(out, value.permute(0, 1, 3, 2, 4, 5).reshape(out.shape), None)
 
 

@@ -121,21 +121,6 @@ def test_adam_is_torchs(dtype, device):
 
 
 @DEVICES
-def test_combine_moments_is_combine_stats_with_more(device):
-    parts = torch.rand(3, 37, 3, generator=torch.Generator().manual_seed(6)) + 0.1
-    parts = parts.to(device)
-    s, also, mean, std = torch.full((4, 3), torch.nan, device=device)
-    ops.combine_stats(parts, 1e-5, s)
-    ops.combine_moments(parts, 1e-5, also, mean, std)
-    assert torch.equal(s, also)
-    count, mu, m2 = parts.double().cpu().unbind(2)
-    want = (count * mu).sum(1) / count.sum(1)
-    spread = (m2 + count * (mu - want[:, None]) ** 2).sum(1) / count.sum(1)
-    torch.testing.assert_close(mean.cpu().double(), want, rtol=1e-6, atol=0)
-    torch.testing.assert_close(std.cpu().double(), spread.sqrt(), rtol=1e-6, atol=0)
-
-
-@DEVICES
 def test_bits_do_not_depend_on_the_batch(device):
     whole, part = Loss(device=device).run(), Loss(device=device)
     for name in ("phi", "target", "s", "updates", "active", "converged", "d_r", "d_s"):

@@ -16,7 +16,7 @@ from fastphi.engine import ops
 pytestmark = pytest.mark.skipif(ops.missing() is not None, reason=str(ops.missing()))
 
 
-# --- combine_stats, combine_means ------------------------------------------------------------------
+# --- combine_moments, combine_means ----------------------------------------------------------------
 
 
 def partial_statistics(z: torch.Tensor, slots: int) -> torch.Tensor:
@@ -41,25 +41,28 @@ def partial_statistics(z: torch.Tensor, slots: int) -> torch.Tensor:
 @DEVICES
 @pytest.mark.parametrize("slots", [1, 2, 31, 127, 128, 129, 700])
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
-def test_combine_stats(slots, mean, device):
+def test_combine_moments(slots, mean, device):
     """Where the mean is 1000 times the spread, its rounding in float32 (6e-5 / 1) remains."""
     z = random(1, 3, 20_000) + mean
     partials = partial_statistics(z, slots).to(device)
-    s = poisoned(3, device=device)
-    ops.combine_stats(partials, EPS, s)
-    want = 1 / (z.double().std(1, correction=0) + EPS)
-    torch.testing.assert_close(s.cpu().double(), want, rtol=1e-6 if mean == 0 else 3e-4, atol=0)
+    found = [poisoned(3, device=device) for _ in range(3)]
+    ops.combine_moments(partials, EPS, *found)
+    spread, rtol = z.double().std(1, correction=0), 1e-6 if mean == 0 else 3e-4
+    wants = (1 / (spread + EPS), z.double().mean(1), spread)
+    for got, want, atol in zip(found, wants, (0, 1e-6, 0), strict=True):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=rtol, atol=atol)
 
 
 @DEVICES
-def test_combine_stats_of_constant_images(device):
+def test_combine_moments_of_constant_images(device):
     """std 0, and parts of no values, which change nothing."""
     partials = torch.zeros(2, 5, 3, device=device)
     partials[:, 1] = partials.new_tensor([7.0, 0.25, 0.0])
     partials[1, 3] = partials.new_tensor([9.0, 0.25, 0.0])
-    s = poisoned(2, device=device)
-    ops.combine_stats(partials, EPS, s)
+    s, mean, std = (poisoned(2, device=device) for _ in range(3))
+    ops.combine_moments(partials, EPS, s, mean, std)
     np.testing.assert_allclose(s.cpu(), 1 / EPS, rtol=1e-6)
+    assert bool((std == 0).all()) and bool((mean == 0.25).all())
 
 
 @DEVICES
@@ -67,11 +70,32 @@ def test_combine_stats_of_constant_images(device):
 def test_combine_means(slots, channels, device):
     sums, s = random(2, 3, slots, channels), random(3, 3).abs() + 0.1
     means = poisoned(3, channels, device=device)
-    ops.combine_means(sums.to(device), s.to(device), 100, means)
+    ops.combine_means([sums.to(device)], [s.to(device)], [100], [means])
     want = s.double()[:, None] * sums.double().sum(1) / 100
     # against the sum of the sizes of what is added: sums of both signs cancel
     scale = s.double()[:, None] * sums.double().abs().sum(1) / 100
     assert ((means.cpu() - want).abs() <= 1e-6 * scale).all()
+
+
+@DEVICES
+@pytest.mark.parametrize("blocks", [1, 3, 20])
+def test_combine_means_of_several_blocks_whose_last_scalar_is_in_parts(blocks, device):
+    """The bits of one after another; 20 blocks are more than one launch's."""
+    partials = partial_statistics(random(7, 4, 9_000), 37).to(device)
+    sums = [random(20 + b, 4, 3 + b, 5 + 7 * b).to(device) for b in range(blocks)]
+    s = [random(50 + b, 4).abs().to(device) for b in range(blocks)]
+    want = [poisoned(4, x.shape[2], device=device) for x in sums]
+    moments = [poisoned(4, device=device) for _ in range(3)]
+    ops.combine_moments(partials, EPS, *moments)
+    for b, (x, out) in enumerate(zip(sums, want, strict=True)):
+        ops.combine_means([x], [moments[0] if b == blocks - 1 else s[b]], [64 + b], [out])
+    s[-1].fill_(torch.nan)
+    means = [poisoned(4, x.shape[2], device=device) for x in sums]
+    mean, std = poisoned(4, device=device), poisoned(4, device=device)
+    pixels = [64 + b for b in range(blocks)]
+    ops.combine_means(sums, s, pixels, means, partials, EPS, mean, std)
+    for got, expected in zip([*means, s[-1], mean, std], [*want, *moments], strict=True):
+        assert torch.equal(got, expected)
 
 
 @DEVICES
@@ -81,13 +105,11 @@ def test_combined_bits_do_not_depend_on_the_batch(device):
     rows = torch.tensor([3, 0], device=device)
 
     def run(which):
-        scalars, means = (
-            poisoned(len(which), device=device),
-            poisoned(len(which), 70, device=device),
-        )
-        ops.combine_stats(partials[which], EPS, scalars)
-        ops.combine_means(sums[which], s[which], 64, means)
-        return scalars, means
+        scalars = [poisoned(len(which), device=device) for _ in range(3)]
+        means = poisoned(len(which), 70, device=device)
+        ops.combine_moments(partials[which], EPS, *scalars)
+        ops.combine_means([sums[which]], [s[which]], [64], [means])
+        return *scalars, means
 
     for whole, part in zip(run(torch.arange(5, device=device)), run(rows), strict=True):
         assert torch.equal(whole[rows], part)
@@ -123,10 +145,11 @@ def test_the_gpu_has_the_cpus_bits():
     sums, s = random(14, 4, 37, 70), random(15, 4).abs()
     results = []
     for device in ("cpu", "cuda"):
-        scalars, means = poisoned(4, device=device), poisoned(4, 70, device=device)
-        ops.combine_stats(partials.to(device), EPS, scalars)
-        ops.combine_means(sums.to(device), s.to(device), 64, means)
-        results.append((scalars, means))
+        scalars = [poisoned(4, device=device) for _ in range(3)]
+        means = poisoned(4, 70, device=device)
+        ops.combine_moments(partials.to(device), EPS, *scalars)
+        ops.combine_means([sums.to(device)], [s.to(device)], [64], [means])
+        results.append((*scalars, means))
     for cpu, cuda in zip(*results, strict=True):
         same_bits(cuda, cpu)
 
@@ -137,11 +160,12 @@ def test_a_captured_graph_replays_what_eager_computes():
     sigma = torch.full((5,), 0.5, device="cuda")
     ids, draw = torch.arange(5, device="cuda"), torch.zeros(5, dtype=torch.int64, device="cuda")
     partials = partial_statistics(random(17, 5, 900), 20).cuda()
-    out, s = poisoned(5, 16, 16, 3, device="cuda"), poisoned(5, device="cuda")
+    out = poisoned(5, 16, 16, 3, device="cuda")
+    s, *others = (poisoned(5, device="cuda") for _ in range(3))
 
     def run():
         ops.noisy_image(images, None, sigma, 1, ids, 2, draw, out)
-        ops.combine_stats(partials, EPS, s)
+        ops.combine_moments(partials, EPS, s, *others)
 
     run()
     torch.cuda.synchronize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_ops_case import DEVICES, EPS, GPU, random
+from torch.utils._pytree import tree_map_only
 
 from fastphi.engine import ops
 
@@ -20,9 +21,9 @@ def op_cases(device: str = "cpu"):
     byte = torch.zeros(2, 4, 5, 3, dtype=torch.uint8, device=device)
     out = torch.zeros(2, 4, 5, 3, device=device)
     ones = torch.ones(2, device=device)
-    yield "combine_stats", (torch.ones(2, 4, 3, device=device), EPS, ones.clone())
-    means = torch.zeros(2, 3, device=device)
-    yield "combine_means", (torch.ones(2, 4, 3, device=device), ones, 20, means)
+    parts, means = torch.ones(2, 4, 3, device=device), torch.zeros(2, 3, device=device)
+    blocks = ([parts] * 2, [ones, ones.clone()], [20, 5], [means, means.clone()])
+    yield "combine_means", (*blocks, parts, EPS, ones.clone(), ones.clone())
     yield "noisy_image", (image, None, ones, 1, ids, 2, ids, out)
     yield "noisy_image", (byte, ids, ones, 1, ids, 2, ids, out.bfloat16())
     yield "image_to_nhwc", (image, out)
@@ -30,7 +31,7 @@ def op_cases(device: str = "cpu"):
     yield "noise_normal", (1, ids, 2, ids, 3, 4, 5)
 
 
-NAMES = ["stats", "means", "noisy", "noisy_uint8", "nhwc", "nchw", "normal"]
+NAMES = ["means", "noisy", "noisy_uint8", "nhwc", "nchw", "normal"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
@@ -47,15 +48,27 @@ def test_opcheck(which, device):
 def bad_calls():
     f, n = torch.zeros, torch.arange(2)
     wide = {"dtype": torch.float64}
-    stats, means, noisy = ops.combine_stats, ops.combine_means, ops.noisy_image
+    stats, noisy = ops.combine_moments, ops.noisy_image
     x, y = f(2, 3, 4, 5), f(2, 4, 5, 3)
-    yield stats, (f(2, 4), EPS, f(2)), "partials: expected shape"
-    yield stats, (f(2, 0, 3), EPS, f(2)), "partials: expected shape"
-    yield stats, (f(2, 4, 3), EPS, f(3)), "s: expected shape"
-    yield stats, (f(2, 4, 3, **wide), EPS, f(2)), "partials: expected .*loat.*, got .*(D|float64)"
+    s = (f(2), f(2), f(2))
+    yield stats, (f(2, 4), EPS, *s), "partials: expected shape"
+    yield stats, (f(2, 0, 3), EPS, *s), "partials: expected shape"
+    yield stats, (f(2, 4, 3), EPS, f(3), *s[1:]), "s: expected shape"
+    yield stats, (f(2, 4, 3, **wide), EPS, *s), "partials: expected .*loat.*, got .*(D|float64)"
+
+    def means(sums, s, pixels, out, *rest):
+        ops.combine_means([sums], [s], [pixels], [out], *rest)
+
     yield means, (f(2, 4, 3), f(2), 0, f(2, 3)), "pixels: expected a positive number, got 0"
     yield means, (f(2, 4, 3), f(2), 9, f(2, 4)), "means: expected shape"
     yield means, (f(2, 4, 3), f(1), 9, f(2, 3)), "s: expected shape"
+    one = (f(2, 4, 3), f(2), 9, f(2, 3))
+    yield means, (*one, f(2, 3)), "partials: expected shape"
+    yield means, (*one, f(2, 4, 3), EPS, f(2)), "mean, std: expected both or none"
+    yield means, (*one, None, EPS, f(2), f(2)), "none without partials"
+    yield means, (*one, f(2, 4, 3), EPS, f(2), f(3)), "std: expected shape"
+    each = ([f(2, 4, 3)] * 2, [f(2)], [9], [f(2, 3)])
+    yield ops.combine_means, each, "as many of each, at least one, got 2, 1, 1 and 1"
     yield noisy, (x, None, f(3), 1, n, 2, n, y), "sigma: expected shape"
     yield noisy, (x, n[:1], f(2), 1, n, 2, n, y), "sigma: expected shape"
     yield noisy, (x, n.float(), f(2), 1, n, 2, n, y), "rows: expected .*(Long|int64)"
@@ -86,7 +99,7 @@ def in_words(value) -> str:
 @pytest.mark.parametrize("call, arguments, words", list(bad_calls()), ids=in_words)
 def test_bad_arguments_are_named(call, arguments, words, meta):
     if meta:
-        arguments = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+        arguments = tree_map_only(torch.Tensor, lambda a: a.to("meta"), arguments)
     with pytest.raises(RuntimeError, match=words):
         call(*arguments)
 
@@ -115,7 +128,7 @@ def test_views_must_be_made_contiguous():
 @GPU
 def test_tensors_on_two_devices_are_named():
     with pytest.raises(RuntimeError, match="s: expected a CUDA tensor"):
-        ops.combine_stats(torch.ones(2, 4, 3, device="cuda"), EPS, torch.ones(2))
+        ops.combine_moments(torch.ones(2, 4, 3, device="cuda"), EPS, *torch.ones(3, 2))
 
 
 def test_the_reason_without_the_cuda_library():
@@ -128,4 +141,4 @@ def test_no_images_make_none():
     out = torch.zeros(0, 4, 5, 3)
     ops.noisy_image(torch.zeros(2, 3, 4, 5), none, torch.zeros(0), 1, none, 2, none, out)
     ops.image_to_nhwc(torch.zeros(0, 3, 4, 5), out)
-    ops.combine_stats(torch.zeros(0, 4, 3), EPS, torch.zeros(0))
+    ops.combine_moments(torch.zeros(0, 4, 3), EPS, *torch.zeros(3, 0))
