@@ -172,18 +172,18 @@ def libraries_calls() -> list[Any]:
 
 def without_values() -> None:
     """Nothing looks at values, which mean nothing here; and the weights' sums are the same each time."""
-    from fastphi.engine import ops
+    from fastphi.engine.gpu import pack
     from fastphi.sampling import guidance, sampler
     from fastphi.support import validate
 
-    content = ops.weights_content
+    content = pack.Content.sums
 
-    def zero_content(parameters: Any) -> Any:
-        sums = content(parameters)
+    def zero(self: Any) -> Any:
+        sums = content(self)
         ctypes.memset(sums.data_ptr(), 0, sums.nbytes)  # the host's memory: no launch
         return sums
 
-    ops.weights_content = zero_content
+    pack.Content.sums = zero
     validate.finite = lambda x, name: x
     sampler._check_finite = lambda info: None
     guidance._told_idle.append(True)
