@@ -134,7 +134,9 @@ def _triton_kernels() -> str:
     said += f", by ptxas {version} ({path})"
     if tuple(map(int, version.split("."))) < _SOUND_PTXAS:
         wanted = ".".join(map(str, _SOUND_PTXAS))
-        said += f"; before {wanted} others had wrong numbers on sm_90: TRITON_PTXAS_PATH names another"
+        said += (
+            f"; before {wanted} others had wrong numbers on sm_90: TRITON_PTXAS_PATH names another"
+        )
     return said
 
 
