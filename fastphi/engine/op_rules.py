@@ -105,10 +105,16 @@ def _fused_layer_bwd_fake(
     )
 
 
+def or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient of an output like that, of which a loss may know nothing."""
+    return torch.zeros_like(like) if d is None else d
+
+
 def _fused_layer_setup(ctx, inputs, output) -> None:
     r, s, r2, s2, weight, bias, gamma, eps, relu = inputs
     _, s_out, z, mean, std = output
     ctx.mark_non_differentiable(z, mean, std)  # kept for the gradient, not meant for users
+    ctx.set_materialize_grads(False)  # else torch fills zeros for them, z's as large as z
     ctx.save_for_backward(r, s, r2, s2, weight, bias, gamma, z, s_out, mean, std)
     ctx.eps, ctx.relu = eps, relu
 
@@ -116,6 +122,7 @@ def _fused_layer_setup(ctx, inputs, output) -> None:
 def _fused_layer_backward(ctx, d_r_out, d_s_out, *_):
     r, s, r2, s2, weight, bias, gamma, z, s_out, mean, std = ctx.saved_tensors
     need = ctx.needs_input_grad
+    d_r_out, d_s_out = or_zeros(d_r_out, z), or_zeros(d_s_out, s_out)
     if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated itself
         plain = functools.partial(_plain_layer, eps=ctx.eps, relu=ctx.relu)
         inputs = (r, s, r2, s2, weight, bias, gamma)

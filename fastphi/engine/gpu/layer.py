@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastphi.engine import ops
-from fastphi.engine.op_rules import no_second_derivative
+from fastphi.engine.op_rules import no_second_derivative, or_zeros
 
 
 def gpu_op(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -172,12 +172,14 @@ def _layer_setup(ctx, inputs, output) -> None:
     r, s, r2, s2, weight, bias, gamma, _ = inputs
     _, s_out, z, mean, std = output
     ctx.mark_non_differentiable(z, mean, std)
+    ctx.set_materialize_grads(False)  # else torch fills zeros for them, z's as large as z
     ctx.save_for_backward(r, s, r2, s2, weight, gamma, z, s_out, mean, std)
     ctx.has_bias = bias is not None
 
 
 def _layer_backward(ctx, d_r_out, d_s_out, *_):
-    weight, gamma = ctx.saved_tensors[4:6]
+    weight, gamma, z, s_out = ctx.saved_tensors[4:8]
+    d_r_out, d_s_out = or_zeros(d_r_out, z), or_zeros(d_s_out, s_out)
     found = layer_bwd(d_r_out.contiguous(), d_s_out.contiguous(), *ctx.saved_tensors)
     d_r, d_s, d_r2, d_s2, d_weight, d_bias, d_gamma = found
     second = (None, None) if ctx.saved_tensors[2] is None else (d_r2, d_s2)
