@@ -168,7 +168,8 @@ def test_replays_in_flat_memory_that_goes_with_the_runner():
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     runner = gpu.GPURunner(network())
-    match(runner, *given)
+    for _ in range(2):  # a model that is called again has a graph that sums its weights
+        match(runner, *given)
     held = torch.cuda.memory_allocated()
     for _ in range(60):
         match(runner, *given, tolerance=0.0)
