@@ -141,7 +141,7 @@ API CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
 API CUresult cuCtxSynchronize() {
   count("synchronize");
   wait_for_all();
-  return static_cast<CUresult>(forbidden_in_captures("cuCtxSynchronize"));
+  return static_cast<CUresult>(forbidden_in_captures("cuCtxSynchronize", true));
 }
 API CUresult cuGetErrorString(CUresult error, const char** text) {
   static thread_local char said[64];

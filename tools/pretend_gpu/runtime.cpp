@@ -153,7 +153,7 @@ API cudaError_t cudaDeviceGetStreamPriorityRange(int* low, int* high) {
 }
 API cudaError_t cudaDeviceSynchronize() {
   count("synchronize");
-  const int error = forbidden_in_captures("cudaDeviceSynchronize");
+  const int error = forbidden_in_captures("cudaDeviceSynchronize", true);
   if (!error) wait_for_all();
   return done(error);
 }

@@ -99,13 +99,14 @@ int put(Stream* stream, Node node) {
   return OK;
 }
 
-int forbidden_in_captures(const char* call) {
+int forbidden_in_captures(const char* call, bool in_any) {
   State& all = state();
   Guard guard(all.lock);
-  if (capture_mode == 2) return OK;
+  if (capture_mode == 2 && !in_any) return OK;
   for (Stream* s : all.streams)
     if (s->capture == Capture::ACTIVE &&
-        (s->mode == 0 || (s->mode == 1 && s->thread == std::this_thread::get_id()))) {
+        (s->mode == 0 || (s->mode == 1 && s->thread == std::this_thread::get_id()) ||
+         (in_any && s->device == current_device))) {
       s->capture = Capture::BROKEN;
       complain(std::string(call) + " breaks the capture of stream " + std::to_string(s->id));
       return NOT_PERMITTED_IN_CAPTURE;

@@ -118,7 +118,8 @@ double now();
 int put(Stream* stream, Node node);
 // A call that a capture forbids (cudaMalloc, cudaDeviceSynchronize, ...): the error, where one
 // does.
-int forbidden_in_captures(const char* call);
+// in_any: in a capture of whatever mode and thread, as of what waits for the whole device.
+int forbidden_in_captures(const char* call, bool in_any = false);
 int check_launch(const Node& node);
 long nodes_of(const Graph* graph);
 void replay(const Graph* graph, Stream& stream);

@@ -78,12 +78,15 @@ class Plan:
         self._finish()
 
     graph: torch.cuda.CUDAGraph | None = None
+    tries = 3  # a capture may break because another thread waited for the device meanwhile
     graph_options: dict[str, bool] = {}  # of torch.cuda.CUDAGraph
     done: torch.cuda.Event | None = None  # the last use
 
     def _finish(self) -> None:
         if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             self.done = torch.cuda.Event()
+            self.image.zero_()
+            self._launch()  # compiles and loads, which a capture must not
             self._capture()
 
     # Before and after a use: the memory is one user's at a time, on whichever streams they are.
@@ -97,6 +100,8 @@ class Plan:
             self.done.record()
 
     def run(self) -> None:
+        if self.graph is None and self.done is not None and self.tries:
+            self._capture()
         if self.graph is None:
             self._launch()
         else:
@@ -107,8 +112,7 @@ class Plan:
             launch()
 
     def _capture(self) -> None:
-        self.image.zero_()
-        self._launch()  # compiles and loads, which a capture must not
+        self.tries -= 1
         self.graph = captured(self._launch, self.device, **self.graph_options)
 
     def __del__(self) -> None:

@@ -151,3 +151,21 @@ def test_a_batch_that_shrinks_is_captured_a_few_times():
         for n in range(63, 0, -1):
             assert torch.equal(runner.denoise(x[:n]), whole[:n])
     assert len(captures) <= 20
+
+
+def test_a_capture_that_broke_once_is_made_at_the_next_use(monkeypatch):
+    """As where another thread waited for the device meanwhile."""
+    from fastphi.engine.gpu import plan as gpu_plan
+
+    real, calls = capture.captured, []
+
+    def once(*args, **options):
+        calls.append(1)
+        return real(*args, **options) if len(calls) > 1 else None
+
+    monkeypatch.setattr(gpu_plan, "captured", once)
+    runner, x = gpu.GPURunner(network()), images(3)
+    first = runner.denoise(x)
+    (plan,) = runner._plans.values()
+    assert plan.graph is not None and len(calls) == 2
+    assert torch.equal(runner.denoise(x), first) and len(calls) == 2
