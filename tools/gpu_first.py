@@ -12,6 +12,7 @@ into OUT, and that time is not counted. tools/gpu_report.py makes tables of the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -21,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterable
@@ -158,7 +160,8 @@ def watch(
                 why = f"stopped after {each:.0f} s"
     finally:
         kill(process)  # what it started, too
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+            process.wait(timeout=10)
         _running.discard(process)
     return why, process.returncode
 
@@ -291,15 +294,16 @@ def unpack(bundle: Path) -> str:
     for name, kept in manifest["files"].items():
         if hashlib.sha256((bundle / name).read_bytes()).hexdigest() != kept["sha256"]:
             sys.exit(f"gpu-first: {bundle / name} is not what {MANIFEST} says: make it again")
-    for archive in bundle.glob(f"*{COMPRESSED}"):
-        into = HOME if archive.name.startswith(PTXAS) else CACHES
-        subprocess.run(["tar", "-xJf", archive, "-C", into], check=True)
-    shutil.copy(bundle / MANIFEST, HOME)
-    if sources()["csrc"] != manifest["sources"]["csrc"]:
-        return "csrc/ has changed since the bundle was made"
     here = (platform.machine(), sys.version_info[:2])
     if here != ("x86_64", (3, 12)):
         return f"the bundle is for Python 3.12 on x86_64, this is {here}"
+    for path in bundle.glob(f"*{COMPRESSED}"):
+        with tarfile.open(path) as archive:
+            into = HOME if path.name.startswith(PTXAS) else CACHES
+            archive.extractall(into, filter="data")
+    shutil.copy(bundle / MANIFEST, HOME)
+    if sources()["csrc"] != manifest["sources"]["csrc"]:
+        return "csrc/ has changed since the bundle was made"
     code = "import torch; print(torch.version.cuda, *torch.cuda.get_device_capability())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     cuda, *capability = said.split() or [""]
@@ -363,7 +367,9 @@ def load() -> None:
         ordered += sorted(set((CACHES / name).rglob("*.cubin")) - set(ordered))
         for cubin in ordered:
             module = ctypes.c_void_p()
-            error = driver.cuModuleLoadData(ctypes.byref(module), cubin.read_bytes())
+            error: int | str = "it is not there"
+            if cubin.exists():
+                error = driver.cuModuleLoadData(ctypes.byref(module), cubin.read_bytes())
             if error:
                 bad[str(cubin.relative_to(CACHES))] = error
             else:

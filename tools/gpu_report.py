@@ -424,7 +424,14 @@ def steps_of(calls: list[list[gpu_lines.Line]]) -> Found:
         end = next(gpu_lines.of_kind(lines, "end"), {})
         found.append({"seconds": end.get("seconds"), "steps": steps})
     gathered = gather([line for lines in calls for line in lines])
-    return {"machine": gathered["machine"], "calls": found}
+    made = {"machine": gathered["machine"], "calls": found}
+    if pretended(gathered):
+        made = {"note": "a rehearsal on the pretended GPU: the host's seconds, no GPU's"} | made
+    return made
+
+
+def pretended(found: Found) -> bool:
+    return found["machine"].get("gpu", "").startswith("pretended")
 
 
 def write(path: Path, made: Found) -> None:
@@ -449,7 +456,7 @@ def main() -> None:
     if options.steps:
         write(options.steps, steps_of(calls))
     gpu = found["machine"].get("gpu")
-    if (options.readme or options.choices) and (gpu is None or gpu.startswith("pretended")):
+    if (options.readme or options.choices) and (gpu is None or pretended(found)):
         parser.error(f"--readme, --choices: expected what a GPU said, got {gpu or 'no machine'}")
     if options.choices:
         for path, made in ((LIBRARY, library_table(found)), (LOOP, loop_table(found))):

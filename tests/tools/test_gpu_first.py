@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -177,6 +178,8 @@ def bundle(tmp_path, csrc: str) -> Path:
 
 def test_a_damaged_or_stale_bundle_does_not_serve(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_first, "HOME", tmp_path)
+    monkeypatch.setattr(sys, "version_info", (3, 12, 0))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert "there is no" in gpu_first.unpack(tmp_path / "none")
     made = bundle(tmp_path, "of other sources")
     assert "csrc/ has changed" in gpu_first.unpack(made)
