@@ -2,7 +2,8 @@
 
 Shared objects of torch operators on the LibTorch stable ABI, with no Python in them: one build serves
 every Python and every torch from 2.10 on. With CUDA and pybind11 also fastphi/_graph, which knows no
-torch, but is made for one Python. Whether there is a GPU does not matter. Environment:
+torch, but is made for one Python; where that fails the build goes on without it and says so. Whether
+there is a GPU does not matter. Environment:
     FASTPHI_CUDA=auto|0|1           1: without a toolkit the build fails, saying why
     FASTPHI_SANITIZE=WHICH          the CPU engine with these sanitizers: "address,undefined" (make
                                     sanitize) or "thread" (make race)
@@ -22,6 +23,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.errors import CompileError
 
 
 def toolkit():
@@ -156,6 +158,15 @@ class Build(BuildExtension):
             self.build_temp = "build/editable"
 
     def build_extension(self, ext):
+        if ext.optional:
+            try:
+                return super().build_extension(ext)
+            except (
+                Exception
+            ) as error:  # ninja's failure is a RuntimeError, which setuptools lets pass
+                print(f"fastphi: without {ext.name}: {error}; matches are repeated by the host",
+                      flush=True)  # fmt: skip
+                raise CompileError(str(error)) from None
         if ext.name != "fastphi._cpu":
             return super().build_extension(ext)
         compile_all = self.compiler.compile
@@ -227,6 +238,7 @@ if with_cuda():
                 libraries=["cudart"],
                 extra_compile_args={"cxx": ["-O3", "-g0", "-Wall"], "nvcc": ["-O3"]},
                 language="c++",
+                optional=True,
             )
         )
 any_python = extensions[-1].name != "fastphi._graph"

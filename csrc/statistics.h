@@ -56,18 +56,18 @@ FASTPHI_INLINE float sum_lane(const float* sums, int slots, int channels, int la
 constexpr int MEANS_BLOCKS = 16;
 
 struct Means {
-  i64 n;
-  int blocks;
-  const float* sums[MEANS_BLOCKS];  // (n, slots, channels)
-  float* s[MEANS_BLOCKS];           // (n) or null for 1
-  int slots[MEANS_BLOCKS], channels[MEANS_BLOCKS];
-  float pixels[MEANS_BLOCKS];
-  float* means[MEANS_BLOCKS];  // (n, channels)
+  i64 n = 0;
+  int blocks = 0;
+  const float* sums[MEANS_BLOCKS] = {};  // (n, slots, channels)
+  float* s[MEANS_BLOCKS] = {};           // (n) or null for 1
+  int slots[MEANS_BLOCKS] = {}, channels[MEANS_BLOCKS] = {};
+  float pixels[MEANS_BLOCKS] = {};
+  float* means[MEANS_BLOCKS] = {};  // (n, channels)
   // What the s of the last block is merged from, (n, parts, 3), or null: it is there.
-  const float* partials;
-  int parts;
-  float eps;
-  float *mean, *std;  // (n) or null, written with s
+  const float* partials = nullptr;
+  int parts = 0;
+  float eps = 0;
+  float *mean = nullptr, *std = nullptr;  // (n) or null, written with s
 };
 
 }  // namespace fastphi

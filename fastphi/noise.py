@@ -17,6 +17,7 @@ from torch import Tensor
 from fastphi import reference
 from fastphi.engine import ops
 from fastphi.support import validate
+from fastphi.support.transfer import to_device
 
 # A stream is a purpose (high byte) and an index within it (σ index, sampling step, ...), so draws for
 # different purposes never share a counter.
@@ -51,7 +52,8 @@ def normal(
     sample = torch.from_numpy(_ids(sample, "sample"))
     draw = torch.from_numpy(_ids(draw, "draw")).expand(sample.shape).contiguous()
     if torch.device(device).type == "cuda" and ops.missing("cuda") is None:
-        sample, draw = sample.to(device), draw.to(device)  # made there, to the same bits
+        place = torch.device(device)  # made there, to the same bits
+        sample, draw = to_device(sample, place), to_device(draw, place)
     make = reference.noise_normal if ops.missing() else ops.noise_normal
     return make(seed, sample, stream, draw, *shape).to(device=device, dtype=dtype)
 

@@ -95,6 +95,7 @@ class ReferenceRunner:
     (library convolutions choose their algorithm by batch size)."""
 
     vouched: object | None = None  # it packs nothing: all the same to it
+    seen: list[Tensor] | None = None
 
     def __init__(self, model) -> None:
         self.model = model

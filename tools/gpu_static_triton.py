@@ -33,6 +33,7 @@ from fastphi.triton_kernels import (
     pack_taps,
     upsample,
 )
+from fastphi.triton_kernels.scalars import Parts
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -53,12 +54,18 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
 
 
+def parts(c: int, size: int, dtype: torch.dtype, n: int, gradient: bool = False) -> Parts:
+    """Scalars as the layer before leaves them, of c channels."""
+    slots = fused_layer.partials_per_image((c,), c, size, size, dtype, CPU)
+    vectors = (torch.empty(n) for _ in range(3 if gradient else 1))
+    return Parts(torch.empty(n, slots, 3), 1e-5, *vectors)
+
+
 def layer(
     c_in: tuple[int, ...], c_out: int, size: int, dtype=BF16, last=False, n=BATCH, **options
 ) -> None:
     """A fused layer; `last`: of its block, with the pooled result and the sums."""
     r = [torch.empty(n, size, size, c, dtype=dtype) for c in c_in]
-    s = torch.empty(n)
     weight = torch.empty(c_out, sum(c_in), 3, 3)
     boxes = fused_layer.sums_per_image(c_in, c_out, size, size, dtype, CPU)
     slots = fused_layer.partials_per_image(c_in, c_out, size, size, dtype, CPU)
@@ -67,10 +74,10 @@ def layer(
         if size % 2 == 0:
             options["pooled"] = torch.empty(n, size // 2, size // 2, c_out, dtype=dtype)
     if len(r) == 2:
-        options |= dict(r2=r[1], s2=s)
+        options |= dict(r2=r[1], s2=torch.empty(n))
     fused_layer.fused_layer_fwd(
         r[0],
-        s,
+        parts(c_in[0], size, dtype, n, gradient="z_out" in options),
         fused_layer.pack_weight(weight, c_in[0] if len(c_in) == 2 else None, dtype),
         torch.empty(c_out),
         torch.empty(c_out),
@@ -83,7 +90,7 @@ def layer(
 def up(c: int, c_out: int, size: int, dtype=BF16, bias: bool = False) -> None:
     upsample.upsample_fwd(
         torch.empty(BATCH, size, size, c, dtype=dtype),
-        torch.empty(BATCH) if bias else None,
+        parts(c, size, dtype, BATCH) if bias else None,
         upsample.pack_upsample_weight(torch.empty(c, c_out, 2, 2), dtype),
         torch.empty(c_out) if bias else None,
         torch.empty(BATCH, 2 * size, 2 * size, c_out, dtype=dtype),
@@ -107,7 +114,7 @@ def first(c: int, c_out: int, size: int, dtype=BF16, pooled: bool = False, **opt
 def last(c: int, c_out: int, size: int, dtype=BF16) -> None:
     last_layer.last_layer_fwd(
         torch.empty(BATCH, size, size, c, dtype=dtype),
-        torch.empty(BATCH),
+        parts(c, size, dtype, BATCH),
         fused_layer.pack_weight(torch.empty(c_out, c, 3, 3), None, dtype),
         torch.empty(c_out),
         torch.empty(BATCH, c_out, size, size),
@@ -192,7 +199,7 @@ def after_library(sources: int, c: int, size: int, dtype=BF16) -> None:
     two = dict(c2=torch.empty(image, dtype=dtype), s2=torch.empty(BATCH)) if sources == 2 else {}
     epilogue.epilogue_fwd(
         torch.empty(image, dtype=dtype),
-        torch.empty(BATCH),
+        parts(c, size, dtype, BATCH),
         torch.empty(c),
         torch.empty(c),
         r_out=torch.empty(image, dtype=dtype),
@@ -305,7 +312,12 @@ class Recorder:
         self.kernel, self.calls = kernel, []
 
     def __getitem__(self, grid):
-        return lambda *args, **constants: self.calls.append((self.kernel, args, constants))
+        def called(*args, **named) -> None:
+            order = [p.name for p in self.kernel.params if not p.is_constexpr]
+            args += tuple(named.pop(name) for name in order[len(args) :])
+            self.calls.append((self.kernel, args, named))
+
+        return called
 
 
 def record(launch: Callable[[], None], capability: int):
@@ -331,7 +343,8 @@ def source(kernel, args, constants) -> tuple[ASTSource, dict]:
         name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")
     }
     signature, attributes = {}, {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+    order = [(p.num, p.name) for p in kernel.params if not p.is_constexpr]
+    for (i, name), value in zip(order, args, strict=True):
         if name in kernel.do_not_specialize:
             signature[name] = "i32"
         elif value is None or (isinstance(value, int) and value == 1):  # as Triton's launcher does
@@ -339,6 +352,8 @@ def source(kernel, args, constants) -> tuple[ASTSource, dict]:
         elif isinstance(value, TensorDescriptor):
             block = ", ".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif isinstance(value, int):
             signature[name] = "i32"
             if value % 16 == 0:

@@ -5,7 +5,9 @@ it first). Launchers write into tensors they are given: they allocate nothing, w
 read no device data, so they can be captured in a CUDA graph.
 """
 
-from .support import MISSING
+from .support import MISSING, ptxas
+
+__all__ = ["missing", "ptxas"]
 
 
 def missing() -> str | None:

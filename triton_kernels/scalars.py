@@ -41,15 +41,13 @@ if interpreted():  # where nothing is fused
     def product(a, b):
         return a * b
 else:
-    try:
-        from triton.language.extra import libdevice
-    except ImportError:  # no Triton: the kernel files can be imported all the same
-        libdevice = None
 
     @jit
     def product(a, b):
-        """a·b, rounded: never fused with a sum, as a plain product may be."""
-        return libdevice.mul_rn(a, b)
+        """a·b, rounded by itself: not fused with a sum, as a plain product may be, nor cut to zero."""
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @jit

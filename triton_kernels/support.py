@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import subprocess
 from collections.abc import Sequence
 from functools import lru_cache
 from types import SimpleNamespace
@@ -50,6 +52,19 @@ def round_to_bf16(x):
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported)."""
     return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def ptxas() -> tuple[str, str] | None:
+    """(the assembler that Triton calls for sm_90, its version, "12.8.93"), None where there is none."""
+    if triton is None:
+        return None
+    tool = triton.knobs.nvidia.ptxas
+    try:
+        said = subprocess.run([tool.path, "--version"], capture_output=True, text=True).stdout
+    except (OSError, AttributeError, RuntimeError):
+        return None
+    found = re.search(r"release [\d.]+, V([\d.]+)", said)
+    return (tool.path, found[1]) if found else None
 
 
 def check_can_run(op: str, device: torch.device) -> None:

@@ -26,6 +26,7 @@ _PACKAGES = (
     "matplotlib",
     "tyro",
 )
+_SOUND_PTXAS = (13, 1, 80)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -124,7 +125,19 @@ def _triton_kernels() -> str:
         from fastphi import triton_kernels
     except ImportError:
         return "not installed with this fastphi: pip install --no-build-isolation -e ."
-    return triton_kernels.missing() or "compiled at first use, for sm_80 and later"
+    if (reason := triton_kernels.missing()) is not None:
+        return reason
+    said = "compiled at first use, for sm_80 and later"
+    if (found := triton_kernels.ptxas()) is None:
+        return f"{said}; no ptxas was found to assemble them"
+    path, version = found
+    said += f", by ptxas {version} ({path})"
+    if tuple(map(int, version.split("."))) < _SOUND_PTXAS:
+        wanted = ".".join(map(str, _SOUND_PTXAS))
+        said += (
+            f"; before {wanted} others had wrong numbers on sm_90: TRITON_PTXAS_PATH names another"
+        )
+    return said
 
 
 def _version(name: str) -> str:

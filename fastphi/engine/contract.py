@@ -29,16 +29,17 @@ _facts = attrgetter("shape", "dtype", "device", "layout")
 _Outline = tuple[tuple[type, Any, Any, Any], ...]
 
 
-def reason(model: Network, x: Tensor) -> str | None:
+def reason(model: Network, x: Tensor, parameters: list[Tensor] | None = None) -> str | None:
     """Why this call is for the modules themselves, or None: an engine may serve it.
 
+    parameters: a list that the model's are put into, in network order, where they were looked at.
     What it costs: docs/contract.md.
     """
     if torch.compiler.is_compiling():
         return _reason_in_graph(id(model))
     if (found := ops.transform()) is not None:
         return found
-    if not _as_configured(model, x):
+    if not _as_configured(model, x, [] if parameters is None else parameters):
         found = hooked(model) or difference(model, x)
     return found or out_of_range(x)
 
@@ -126,8 +127,10 @@ def _difference(name: str, part: Any, fresh: Any, x: Tensor) -> str | None:
     return None
 
 
-def _as_configured(model: Network, x: Tensor) -> bool:
-    """Whether it has no hook and no difference, in a tenth of their time (they say which)."""
+def _as_configured(model: Network, x: Tensor, parameters: list[Tensor]) -> bool:
+    """Whether it has no hook and no difference, in a tenth of their time (they say which). The parameters
+    are put into a list that was empty."""
+    del parameters[:]
     twin: nn.Module = model.twin()
     if (
         _hook_for_all()
@@ -135,7 +138,6 @@ def _as_configured(model: Network, x: Tensor) -> bool:
         or not model.__dict__.keys().isdisjoint(model.WALK)
     ):
         return False
-    parameters: list[Tensor] = []
     if not _parts_are(model.__dict__["_modules"], _outline(twin), parameters):
         return False
     wanted = _facts_of(twin, x.dtype, x.device)

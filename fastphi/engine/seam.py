@@ -56,9 +56,11 @@ class Runner(Protocol):
 
     Computes in x's dtype, or autocast's where that is on; in bfloat16, means are float32 all the same.
     vouched: an object while somebody vouches that the weights do not change (`frozen`), else None.
+    seen: the model's parameters as they were looked at for the call that comes, or None.
     """
 
     vouched: object | None
+    seen: list[Tensor] | None
 
     def denoise(self, x: Tensor) -> Tensor: ...
     def block_means(self, x: Tensor, until: str | None = None) -> dict[str, Tensor]: ...
@@ -133,24 +135,26 @@ _told: set[str] = set()
 def serving(model: Network, x: Tensor, gradient: bool) -> tuple[Runner | None, Ops | None]:
     """What serves a call of the model: its runner; or ops, where a gradient is needed; or neither, and
     the modules are to be called."""
-    engine = pick(model, x, gradient)
+    seen: list[Tensor] = []
+    engine = pick(model, x, gradient, seen)
     if engine.device is None and (gradient or contract.watched(model)):
         return None, None
-    return (None, engine.ops) if gradient else (_prepared(model, engine), None)
+    return (None, engine.ops) if gradient else (_prepared(model, engine, seen), None)
 
 
 def runner(model: Network, x: Tensor) -> Runner:
     """The prepared model that serves x: made once per model and engine."""
-    return _prepared(model, pick(model, x))
+    seen: list[Tensor] = []
+    return _prepared(model, pick(model, x, seen=seen), seen)
 
 
-def _prepared(model: Network, engine: Engine) -> Runner:
+def _prepared(model: Network, engine: Engine, seen: list[Tensor]) -> Runner:
     prepared = _runners.setdefault(model, {})
     if engine.name not in prepared:
         proxy: Any = weakref.proxy(model)  # the runner must not keep its model alive
         prepared[engine.name] = engine.runner(proxy)
     found = prepared[engine.name]
-    found.vouched = _vouched.get(model)
+    found.vouched, found.seen = _vouched.get(model), seen or None
     return found
 
 
@@ -197,10 +201,12 @@ def plain_mode(model: Network, device: torch.device, low: bool = False) -> Itera
         yield
 
 
-def pick(model: Network, x: Tensor, gradient: bool = False) -> Engine:
+def pick(
+    model: Network, x: Tensor, gradient: bool = False, seen: list[Tensor] | None = None
+) -> Engine:
     """The engine that serves x: `model.backend`, or FASTPHI_BACKEND, or the first that can.
 
-    gradient: it is the engine's ops that are wanted, not its runner.
+    gradient: it is the engine's ops that are wanted, not its runner. seen: as of `contract.reason`.
 
     An engine asked for by name that cannot serve raises RuntimeError; under "auto" one log line says
     which path runs and why.
@@ -213,7 +219,7 @@ def pick(model: Network, x: Tensor, gradient: bool = False) -> Engine:
             continue
         reason = engine.reason(model.config, x.device, dtype, gradient)
         if reason is None and engine.device is not None:
-            reason = contract.reason(model, x)
+            reason = contract.reason(model, x, seen)
         if reason is None:
             if (remark := engine.remark(model.config, dtype)) is not None:
                 reasons.append(remark)

@@ -6,11 +6,13 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastphi import engine
 from fastphi.support import validate
+from fastphi.support.transfer import to_device
 from fastphi.targets.kinds import check_subset, restrict
 
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ def loss_weight(channels: tuple[int, ...] | None, zero_elsewhere: bool, like: Te
     if channels is None or zero_elsewhere:
         return like.new_full((count,), 1 / count)
     weight = like.new_zeros(count)
-    weight[list(channels)] = 1 / len(channels)
+    weight[to_device(np.array(channels), weight.device)] = 1 / len(channels)
     return weight
 
 

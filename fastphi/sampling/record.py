@@ -19,6 +19,7 @@ from fastphi.sampling.guidance import MatchResult
 from fastphi.sampling.plan import Plan
 from fastphi.sampling.result import TABLES, Reconstruction, read
 from fastphi.support import files, validate
+from fastphi.support.transfer import to_device
 from fastphi.targets.kinds import Targets
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ class Record:
     def add(self, info: StepInfo, after: State) -> None:
         """The rows stay where the images are: what is on a GPU comes to the host when it is stored."""
         match, n = info.match, len(self.samples)
-        rows = torch.from_numpy(info.rows).to(match.updates.device)
+        rows = to_device(info.rows, match.updates.device)
         values = (
-            torch.from_numpy(info.sigma).to(rows.device),
+            to_device(info.sigma, rows.device),
             match.first,
             match.last,
             match.updates,

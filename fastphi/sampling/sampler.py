@@ -35,6 +35,7 @@ from fastphi.sampling.record import (
 )
 from fastphi.sampling.result import Reconstruction
 from fastphi.support import files, validate
+from fastphi.support.transfer import to_device, to_host
 from fastphi.targets import Targets
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Sampler:
         γ² = ((1−βh)² − (1−h)²) σ̂²; an image with σ̂ < σ_L stops at denoised(x)."""
         plan, t = self.plan, state.step + 1
         rows = self.running(state)
-        noisy, sigma = state.x[torch.from_numpy(rows)], state.sigma[rows]
+        noisy, sigma = state.x[to_device(rows, self.device)], state.sigma[rows]
         match = self.match(noisy, sigma, rows)
         x, denoised = match.x, self.denoise(match.x)
         f = x - denoised
@@ -147,7 +148,7 @@ class Sampler:
         h = plan.h0 if plan.fixed_h else plan.h0 * t / (1 + plan.h0 * (t - 1))
         gamma = max((1 - plan.beta * h) ** 2 - (1 - h) ** 2, 0.0) ** 0.5 * sigma_hat
         x = x - h * f + self._column(gamma) * self.z(t, rows)
-        stopped = torch.from_numpy(sigma_hat < plan.last).to(x.device)[:, None, None, None]
+        stopped = to_device(sigma_hat < plan.last, x.device)[:, None, None, None]
         x = torch.where(stopped, denoised, x)
         info = StepInfo(t, rows, self.samples[rows], sigma, noisy, match, x, sigma_hat)
         return State(t, _put(state.x, rows, x), _put(state.sigma, rows, sigma_hat)), info
@@ -171,7 +172,7 @@ class Sampler:
             f"max_steps = {self.plan.steps} steps; they are returned denoised from where they were "
             f"(largest σ̂ {state.sigma[rows].max():.3g})"
         )
-        x = self.denoise(state.x[torch.from_numpy(rows)])
+        x = self.denoise(state.x[to_device(rows, self.device)])
         return State(state.step, _put(state.x, rows, x), state.sigma)
 
     def z(self, k: int, rows: np.ndarray) -> Tensor:
@@ -210,8 +211,7 @@ class Sampler:
         return (slice(i, i + self.batch) for i in range(0, n, self.batch))
 
     def _column(self, values: np.ndarray) -> Tensor:
-        column = torch.from_numpy(values).to(device=self.device, dtype=self.dtype)
-        return column[:, None, None, None]
+        return to_device(values, self.device, self.dtype)[:, None, None, None]
 
 
 def run(
@@ -280,7 +280,7 @@ def _rms(f: Tensor) -> np.ndarray:
 
 
 def _numpy(x: Tensor) -> np.ndarray:
-    return x.double().cpu().contiguous().numpy()
+    return to_host(x.double()).contiguous().numpy()
 
 
 def _put(whole: Any, rows: np.ndarray, part: Any) -> Any:
@@ -289,4 +289,4 @@ def _put(whole: Any, rows: np.ndarray, part: Any) -> Any:
         whole = whole.copy()
         whole[rows] = part
         return whole
-    return whole.index_copy(0, torch.from_numpy(rows).to(whole.device), part)
+    return whole.index_copy(0, to_device(rows, whole.device), part)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastphi import engine, noise
 from fastphi.support import validate
+from fastphi.support.transfer import to_device
 from fastphi.targets.kinds import Targets, digest_of, sample_ids
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ class Images(Targets):
         parts = []
         for i in range(0, len(rows), _CHUNK):
             chosen = rows[i : i + _CHUNK]
-            x = self.images[torch.from_numpy(chosen).to(self.images.device)]
+            x = self.images[to_device(chosen, self.images.device)]
             level = sigma[i : i + _CHUNK]
             parts.append(mean_phi(self.model, x, level, self.ids[chosen], self.seed, self.draws))
-        return torch.cat(parts)[torch.from_numpy(back.reshape(-1))]
+        phi = torch.cat(parts)
+        return phi[to_device(back.reshape(-1), phi.device)]
 
     def _state(self) -> dict[str, Any]:
         from fastphi.checkpoint import fingerprint
@@ -73,12 +75,20 @@ def mean_phi(
     parameter = next(model.parameters())
     with engine.plain_mode(model, parameter.device):
         x = x.detach().to(parameter).clone()
-        s = torch.from_numpy(sigma).to(x)[:, None, None, None]
-        shape = (x.shape[1], x.shape[2], x.shape[3])
+        s = to_device(sigma, x.device, x.dtype)[:, None, None, None]
         prepared = engine.runner(model, x)
         total = torch.zeros(len(x), model.config.channels[-1], dtype=torch.float64, device=x.device)
-        for d in range(draws):
-            stream = noise.stream("target", d)
-            z = noise.normal(seed, ids, stream, bits, shape, device=x.device, dtype=x.dtype)
-            total = total + prepared.block_means(x + s * z, "mid")["mid"].double()
+        # a GPU is given as many draws of few images as fill it
+        together = max(1, _CHUNK // len(x)) if x.is_cuda else 1
+
+        def noisy(d: int) -> Tensor:
+            stream, shape = noise.stream("target", d), (x.shape[1], x.shape[2], x.shape[3])
+            return x + s * noise.normal(
+                seed, ids, stream, bits, shape, device=x.device, dtype=x.dtype
+            )
+
+        for first in range(0, draws, together):
+            batch = torch.cat([noisy(d) for d in range(first, min(first + together, draws))])
+            for phi in prepared.block_means(batch, "mid")["mid"].split(len(x)):
+                total = total + phi.double()
         return (total / draws).to(x.dtype)

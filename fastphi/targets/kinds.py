@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastphi.support import validate
+from fastphi.support.transfer import to_device, to_host
 
 
 class Targets:
@@ -107,7 +108,8 @@ class Table(Targets):
             self.sigma_range = (float(levels[0]), float(levels[-1]))
 
     def _phi(self, sigma: np.ndarray, rows: np.ndarray) -> Tensor:
-        index = torch.from_numpy(rows)
+        place = self.values.device
+        index = to_device(rows, place)
         if self.sigma_range is not None:
             check_range(sigma, self.sigma_range)
         if self.levels is None or len(self.levels) == 1:
@@ -115,8 +117,7 @@ class Table(Targets):
         sigma = np.clip(sigma, self.levels[0], self.levels[-1])
         k = np.clip(np.searchsorted(self.levels, sigma, side="right") - 1, 0, len(self.levels) - 2)
         w = (sigma - self.levels[k]) / (self.levels[k + 1] - self.levels[k])
-        below = torch.from_numpy(k)
-        weight = torch.from_numpy(w).to(self.values)[:, None]
+        below, weight = to_device(k, place), to_device(w, place, self.values.dtype)[:, None]
         return (1 - weight) * self.values[below, index] + weight * self.values[below + 1, index]
 
     def _state(self) -> dict[str, Any]:
@@ -153,7 +154,7 @@ class Combined(Targets):
             combine(self.base._phi(np.full(len(everyone), level), everyone), self.how)
             for level in levels
         ]
-        return torch.stack(phi)[torch.from_numpy(back.reshape(-1))]
+        return torch.stack(phi)[to_device(back.reshape(-1), phi[0].device)]
 
     def _state(self) -> dict[str, Any]:
         return {"kind": self.how, "of": self.base._state()}
@@ -187,7 +188,7 @@ class Mix(Targets):
 
     def _phi(self, sigma: np.ndarray, rows: np.ndarray) -> Tensor:
         a, b = (part._phi(sigma, rows if len(part) > 1 else 0 * rows) for part in (self.a, self.b))
-        weight = torch.from_numpy(self.weights[rows]).to(a)[:, None]
+        weight = to_device(self.weights[rows], a.device, a.dtype)[:, None]
         return (1 - weight) * a + weight * b.to(a)
 
     def _state(self) -> dict[str, Any]:
@@ -262,15 +263,16 @@ def restrict(phi: Tensor, channels: tuple[int, ...] | None) -> Tensor:
     if channels is None:
         return phi
     kept = torch.zeros_like(phi)
-    kept[:, list(channels)] = phi[:, list(channels)]
+    chosen = to_device(np.array(channels), phi.device)
+    kept[:, chosen] = phi[:, chosen]
     return kept
 
 
 def combine(phi: Tensor, how: str) -> Tensor:
     """(n, C) -> (C,), in float64 and in the order of the rows."""
-    values = phi.double().cpu().numpy()
+    values = to_host(phi.double()).numpy()
     combined = values.mean(axis=0) if how == "mean" else values.max(axis=0)
-    return torch.from_numpy(combined).to(phi)
+    return to_device(combined, phi.device, phi.dtype)
 
 
 def digest_of(x: Tensor) -> str:

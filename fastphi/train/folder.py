@@ -56,7 +56,9 @@ def resume(run: RunState, world: World) -> None:
 
 def _restore(run: RunState, state: dict[str, Any]) -> None:
     run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    # the optimiser's settings stay this run's: the other's were of its device (one kernel, say)
+    settings = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
     run.step, run.seconds = state["step"], state["seconds"]
     _put_steps(run)
 

@@ -76,59 +76,76 @@ class Writer:
             where = str(run.config.out / "tensorboard")
             self.board = SummaryWriter(where, purge_step=run.step + 1)
         self.seen = (run.step, run.seconds)
-        self.fresh: dict[str, Any] | None = None
+        self.fresh: dict[str, Any] | None = None  # the line that the callback has not been told
 
     def begin(self) -> None:
         """The evaluation that an interruption prevented."""
         if self._evaluation_due() and "psnr" not in self.log.last:
             self._evaluate()
 
-    def trained(self, loss: float) -> None:
+    def waits(self) -> bool:
+        """Whether the next step may begin only when this one's loss is known and `after_step` is done."""
+        told = self.callback is not None and self._line_due(
+            self.run.step
+        )  # it may look at the model
+        return told or self._evaluation_due() or self._checkpoint_due()
+
+    def trained(self, step: int, loss: float) -> None:
+        """Of each step in order, `run.seconds` after it; where nothing `waits`, the next may have begun."""
         t, c = self.run, self.run.config
         self.bar.update()
-        self.fresh = None
-        if t.step % c.log_every and t.step != t.steps:
+        if not self._line_due(step):
             return
-        steps, seconds = t.step - self.seen[0], t.seconds - self.seen[1]
-        self.seen = (t.step, t.seconds)
+        steps, seconds = step - self.seen[0], t.seconds - self.seen[1]
+        self.seen = (step, t.seconds)
         self.fresh = {
-            "step": t.step,
-            "epoch": (t.step - 1) // t.steps_per_epoch,
+            "step": step,
+            "epoch": (step - 1) // t.steps_per_epoch,
             "loss": loss,
-            "lr": t.optimizer.param_groups[0]["lr"],
+            "lr": t.lr(step),
             "seconds": round(t.seconds, 3),
             "images_per_second": round(steps * c.batch / max(seconds, 1e-9), 2),
         }
-        self.log.write(self.fresh)
+        self._write(self.fresh)
 
     def after_step(self) -> None:
-        t, c = self.run, self.run.config
-        if self.fresh:
-            self._tell(self.fresh)
+        fresh, self.fresh = self.fresh, None
+        if fresh:
+            self._tell(fresh)
         if self._evaluation_due():
             self._evaluate()
-        if t.step % c.checkpoint_every == 0 or t.step == t.steps:
+        if self._checkpoint_due():
             self.checkpoint()
+
+    def _line_due(self, step: int) -> bool:
+        return step % self.run.config.log_every == 0 or step == self.run.steps
 
     def _evaluation_due(self) -> bool:
         t = self.run
         due = t.step % t.config.evaluate_every == 0 or t.step == t.steps
         return due and t.step > 0 and len(t.split.held) > 0
 
+    def _checkpoint_due(self) -> bool:
+        t = self.run
+        return t.step % t.config.checkpoint_every == 0 or t.step == t.steps
+
     def _evaluate(self) -> None:
         t, found = self.run, self.evaluate()
         record = {"step": t.step, "psnr": {str(s): round(v, 4) for s, v in found.items()}}
-        self.log.write(record)
+        self._write(record)
         levels = ", ".join(f"{v:.2f} at {s:.3g}" for s, v in found.items())
         log.info("step %d: PSNR %s", t.step, levels)
         self._tell(record)
 
-    def _tell(self, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
+        self.log.write(record)
         if self.board:
             for name, value in record.items():
                 many = value if isinstance(value, dict) else {"": value}
                 for key, scalar in many.items():
                     self.board.add_scalar(f"{name}/{key}".rstrip("/"), scalar, record["step"])
+
+    def _tell(self, record: dict[str, Any]) -> None:
         if self.callback:
             self.callback(record)
 

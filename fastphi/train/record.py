@@ -37,3 +37,8 @@ class RunState:
     step: int = 0
     seconds: float = 0.0
     environment: dict[str, Any] = field(default_factory=dict)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the optimiser's step number `step`, from 1."""
+        epoch = (step - 1) // self.steps_per_epoch
+        return self.config.lr * 0.5 ** (epoch // self.config.lr_halve_every)

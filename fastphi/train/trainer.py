@@ -15,22 +15,24 @@ import functools
 import importlib
 import logging
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastphi import data, engine, noise
 from fastphi.config import TrainingInfo
-from fastphi.support import files, processes, validate
+from fastphi.engine import ops
+from fastphi.support import files, processes, transfer, validate
 from fastphi.train import folder
+from fastphi.train.captured import CapturedStep
 from fastphi.train.config import TrainConfig
 from fastphi.train.log import Callback, Writer
 from fastphi.train.process import Interrupts, World, deterministic
 from fastphi.train.record import RunState, Split
+from fastphi.train.step import Share, Step
 from fastphi.unet import UNet
 
 __all__ = ["TrainConfig", "Trainer", "psnr"]
@@ -63,9 +65,10 @@ def psnr(
     device = next(model.parameters()).device
     total = np.zeros(len(sigmas))
     for part in np.array_split(indices, -(-len(indices) // batch)):
-        clean = opened.batch(part).to(device)
+        clean = transfer.to_device(opened.batch(part), device)
         for k, sigma in enumerate(sigmas):
-            z = noise.normal(seed, part, noise.stream("evaluate", k), 0, opened.shape).to(device)
+            stream = noise.stream("evaluate", k)
+            z = noise.normal(seed, part, stream, 0, opened.shape, device=device)
             with torch.no_grad():
                 x = clean + sigma * z
                 # by the ops, as they take a whole batch at a time in every engine
@@ -73,20 +76,6 @@ def psnr(
             mse = (denoised - clean).double().square().mean(dim=(1, 2, 3))
             total[k] += float(-10 * torch.log10(mse).sum())
     return {sigma: float(t) / len(indices) for sigma, t in zip(sigmas, total, strict=True)}
-
-
-@dataclass
-class Batch:
-    """One process's share of a step. clean, noise: (n, C, H, W); sigma: (n, 1, 1, 1)."""
-
-    indices: np.ndarray
-    sigma: Tensor
-    clean: Tensor
-    noise: Tensor
-
-    def split(self, size: int) -> list[Batch]:
-        at = range(0, len(self.indices), size)
-        return [Batch(*(v[i : i + size] for v in vars(self).values())) for i in at]
 
 
 class Trainer:
@@ -115,7 +104,8 @@ class Trainer:
         low, high = float(config.sigma_min or 0), config.sigma_max
         name = config.data.name if config.data else "images in memory"
         self.model.training_info = TrainingInfo(low, high, self.images.mean, name)
-        with self._autocast():  # an engine that cannot serve says so now
+        # an engine that cannot serve says so now
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             x = torch.empty(0, dtype=torch.float32, device=self.device)
             self.engine = engine.pick(self.model, x, gradient=True).name
         if config.tensorboard:
@@ -135,7 +125,8 @@ class Trainer:
     def run(self, callback: Callback | None = None, progress: bool = True) -> UNet:
         """Train to the end, or go on from the newest checkpoint in `config.out`.
 
-        callback: called after every line of the log with that line (a dict), on the first process.
+        callback: called after every line of the log with that line (a dict), on the first process; on
+        a GPU, steps with a line are then waited for.
         Raises ValueError where the folder holds a run of other settings, FloatingPointError where
         the loss or its gradient is NaN or Inf, OSError where a file cannot be written. Ctrl-C and
         SIGTERM write a checkpoint of the last completed step first.
@@ -150,6 +141,8 @@ class Trainer:
             stack.enter_context(torch.enable_grad())
             self.state.environment = self._environment()
             folder.resume(self.state, self.world)
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))
             self._train(stack.enter_context(Interrupts()), callback, progress)
         return self.model
 
@@ -157,116 +150,70 @@ class Trainer:
 
     def _train(self, interrupts: Interrupts, callback: Callback | None, progress: bool) -> None:
         """Steps from the state's on; on Ctrl-C or SIGTERM a checkpoint of the last completed one."""
-        denoiser: nn.Module = self.model
-        if self.config.compile:
-            denoiser = torch.compile(denoiser)  # type: ignore[assignment]
-        if self.world.size > 1:
-            denoiser = DistributedDataParallel(denoiser)
-        run, writer = self.state, None
+        run, writer, step = self.state, None, self._step()
         if self.world.rank == 0:
             writer = Writer(run, self._evaluate, callback, progress)
-        batches = processes.prefetched(self._draw, range(run.step, run.steps))
+        batches = processes.prefetched(step.draw, range(run.step, run.steps))
+
+        def account(wait: bool) -> None:
+            """For the steps whose loss is known; wait: for all."""
+            for number, loss in step.losses(wait):
+                run.seconds = time.perf_counter() - began
+                if writer:
+                    writer.trained(number, loss)
+
         try:
             with contextlib.closing(batches):
                 if writer:
                     writer.begin()
                 began = time.perf_counter() - run.seconds
                 for batch in batches:
-                    loss = self._gradient(denoiser, batch)
+                    step.gradient(batch)
                     with interrupts.hold():  # parameters, step and log go together
-                        self._set_lr()
-                        self.optimizer.step()
+                        step.update(batch)
                         run.step += 1
-                        run.seconds = time.perf_counter() - began
-                        if writer:
-                            writer.trained(loss)
+                        account(wait=writer is not None and writer.waits())
                     if writer:
                         writer.after_step()
         except (KeyboardInterrupt, SystemExit):
             if writer:
                 with interrupts.hold():
+                    account(wait=True)
                     writer.checkpoint()
                 log.warning("stopped after step %d; the same command goes on from there", run.step)
             raise
         finally:
+            step.close()
             if writer:
                 writer.close()
 
-    def _draw(self, step: int) -> Batch:
-        """This process's images of a step, their noise levels and their noise."""
+    def _step(self) -> Step:
+        denoiser: nn.Module = self.model
+        if self.config.compile:
+            denoiser = torch.compile(denoiser)  # type: ignore[assignment]
+        if self.world.size > 1:
+            denoiser = DistributedDataParallel(denoiser)
+        kind: type[Step] = Step
+        if self.device.type == "cuda":
+            if (reason := ops.missing("cuda")) is None:
+                kind = CapturedStep
+            else:
+                log.warning("the CPU makes the noise, and steps are not captured: %s", reason)
+        return kind(self.state, denoiser, self._share, self.world, self.amp)
+
+    def _share(self, step: int) -> Share:
         c, each = self.config, self.state.steps_per_epoch
         epoch, share = step // each, c.batch // self.world.size
         at = step % each * c.batch + self.world.rank * share
         indices = self.split.training[self._order(epoch)[at : at + share]]
         sigma = c.sigmas(noise.uniform(c.seed, indices, noise.stream("sigma"), epoch))
-        z = noise.normal(c.seed, indices, noise.stream("train"), epoch, self.images.shape)
-        return Batch(
-            indices,
-            torch.from_numpy(sigma).float().reshape(-1, 1, 1, 1).to(self.device),
-            self.images.batch(indices).to(self.device),
-            z.to(self.device),
-        )
-
-    def _gradient(self, denoiser: nn.Module, batch: Batch) -> float:
-        """Gradient of E‖x̂(x) − clean‖² over the whole batch; the loss per pixel and channel."""
-        self.optimizer.zero_grad()
-        parts = batch.split(self.config.micro_batch or len(batch.indices))
-        losses = []
-        for part in parts:
-            with self._synchronised(denoiser, part is parts[-1]):
-                x = part.clean + part.sigma * part.noise
-                with self._autocast():
-                    # channels last: the layout in which convolutions are fastest
-                    denoised = denoiser(x.contiguous(memory_format=torch.channels_last))
-                loss = (denoised.float() - part.clean).square().sum(dim=(1, 2, 3))
-                if self.config.loss_weight == "inverse-variance":
-                    loss = loss / part.sigma.flatten() ** 2
-                # the mean over this process's images; averaged over processes by DDP
-                (loss.sum() / len(batch.indices)).backward()
-            losses.append(loss.detach())
-        return self._checked(torch.cat(losses), batch)
-
-    def _set_lr(self) -> None:
-        c, epoch = self.config, self.state.step // self.state.steps_per_epoch
-        for group in self.optimizer.param_groups:
-            group["lr"] = c.lr * 0.5 ** (epoch // c.lr_halve_every)
+        return Share(indices, sigma, epoch)
 
     # --- around it ---
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return noise.permutation(
             self.config.seed, len(self.split.training), noise.stream("order"), epoch
-        )
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
-
-    def _synchronised(self, denoiser: nn.Module, last: bool) -> Any:
-        """Processes exchange gradients once per step, with its last micro-batch."""
-        if last or not isinstance(denoiser, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return denoiser.no_sync()
-
-    def _checked(self, losses: Tensor, batch: Batch) -> float:
-        """The loss over all processes; FloatingPointError on all of them where it is not finite."""
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
-        both = torch.stack([losses.double().sum(), norm.double()])
-        loss, norm = self.world.sum(both).tolist()
-        if not np.isfinite(loss + norm):
-            bad = ~torch.isfinite(losses).cpu()
-            sigma = batch.sigma.flatten().cpu()[bad].tolist()
-            where = list(zip(batch.indices[bad.numpy()].tolist(), sigma, strict=True))
-            raise FloatingPointError(self._not_finite(sum(self.world.gather(where), [])))
-        return loss / self.config.batch / int(np.prod(self.images.shape))
-
-    def _not_finite(self, where: list[tuple[int, float]]) -> str:
-        named = [f"image {i} at σ = {s:.4g}" for i, s in where[:16]]
-        return (
-            f"step {self.state.step + 1}: the {'loss' if named else 'gradient'} is NaN or Inf"
-            + (f" ({', '.join(named)}{', ...' if len(where) > 16 else ''})" if named else "")
-            + f"; the parameters are as after step {self.state.step}, and the checkpoints intact"
         )
 
     def _split(self) -> Split:

@@ -222,3 +222,20 @@ def test_runs_as_a_module():
     command = [sys.executable, "-m", "fastphi", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fastphi.__version__
+
+
+def test_doctor_names_the_assembler(monkeypatch, tmp_path):
+    """And says of one with which others had wrong numbers that it is one."""
+    from fastphi.cli import doctor
+
+    triton_kernels = pytest.importorskip("fastphi.triton_kernels")
+    if triton_kernels.missing() is not None:
+        pytest.skip(str(triton_kernels.missing()))
+    for version, words in (("12.8.93", "TRITON_PTXAS_PATH"), ("13.1.80", "by ptxas 13.1.80")):
+        fake = tmp_path / f"ptxas-{version}"
+        fake.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V{version}'\n")
+        fake.chmod(0o755)
+        monkeypatch.setenv("TRITON_PTXAS_PATH", str(fake))
+        said = doctor._triton_kernels()
+        assert str(fake) in said and words in said
+        assert ("wrong numbers" in said) == version.startswith("12")

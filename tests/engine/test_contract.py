@@ -332,10 +332,10 @@ def test_the_reason_is_told_once_and_an_engine_by_name_refuses(both, x, caplog):
 def test_every_reason(both, x):
     """The quick look and the slow one, which says why, agree."""
     model, _ = both
-    assert contract._as_configured(model, x) and contract.difference(model, x) is None
+    assert contract._as_configured(model, x, []) and contract.difference(model, x) is None
     for name, change in CHANGES.items():
         changed = copy.deepcopy(model)
         change(changed)
         slow = contract.hooked(changed) or contract.difference(changed, x)
         assert (slow is None) == (name == "an own part beside"), (name, slow)
-        assert not contract._as_configured(changed, x), name
+        assert not contract._as_configured(changed, x, []), name

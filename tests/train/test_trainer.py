@@ -28,6 +28,7 @@ from fastphi.support import files
 from fastphi.support.processes import prefetched
 from fastphi.train import TrainConfig, Trainer, psnr
 from fastphi.train.process import World
+from fastphi.train.step import Step
 from fastphi.unet import UNet
 
 NETWORK = UNetConfig(channels=(4, 6), dec_layers=2, mid_layers=2)
@@ -110,7 +111,8 @@ def test_steps_are_those_of_the_paper(tmp_path, weight):
         adam.zero_grad()
         loss.backward()
         if k == 0:  # Adam would hide a wrong factor
-            trainer._gradient(trainer.model, trainer._draw(0))
+            step = trainer._step()
+            step.gradient(step.draw(0))
             for name, p in trainer.model.named_parameters():
                 d_p = model.get_parameter(name).grad
                 # float32 sums over 8 x 64 pixels in another order
@@ -140,7 +142,7 @@ def test_it_learns_to_denoise(tmp_path):
 def test_an_epoch_is_every_image_once_and_no_partial_batch(tmp_path):
     trainer = Trainer(config(tmp_path), images(40))  # 36 to train on: 4 batches, 4 unused
     assert trainer.state.steps_per_epoch == 4
-    epochs = [np.concatenate([trainer._draw(4 * e + k).indices for k in range(4)]) for e in (0, 1)]
+    epochs = [np.concatenate([trainer._share(4 * e + k).indices for k in range(4)]) for e in (0, 1)]
     for seen in epochs:
         assert len(set(seen)) == 32 and set(seen) <= set(trainer.split.training)
     assert not set(trainer.split.training) & set(trainer.split.held)
@@ -158,7 +160,8 @@ def test_micro_batches_give_the_same_gradient(tmp_path):
     gradients = []
     for micro in (None, 3):
         trainer = Trainer(config(tmp_path, micro_batch=micro, backend="reference"), images())
-        trainer._gradient(trainer.model, trainer._draw(0))
+        step = trainer._step()
+        step.gradient(step.draw(0))
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * float(gradients[0].abs().max()))
 
@@ -169,8 +172,9 @@ def test_processes_share_the_same_batch(tmp_path):
     for rank in range(2):
         trainer = Trainer(config(tmp_path), images())
         trainer.world = World(rank, 2)
-        shares.append(trainer._draw(6))
-    for name, value in vars(whole._draw(6)).items():
+        step = Step(trainer.state, trainer.model, trainer._share, trainer.world, False)
+        shares.append(step.draw(6))
+    for name, value in vars(whole._step().draw(6)).items():
         joined = np.concatenate([np.asarray(getattr(share, name)) for share in shares])
         np.testing.assert_array_equal(joined, np.asarray(value))
 
@@ -179,7 +183,7 @@ def test_an_image_meets_other_noise_in_each_epoch(tmp_path):
     trainer = Trainer(config(tmp_path), images())
     seen: dict[int, list] = {}
     for step in range(8):  # two epochs
-        batch = trainer._draw(step)
+        batch = trainer._step().draw(step)
         for i, s, z in zip(batch.indices, batch.sigma.flatten(), batch.noise, strict=True):
             seen.setdefault(int(i), []).append((float(s), z))
     twice = [v for v in seen.values() if len(v) == 2]
@@ -368,7 +372,7 @@ def test_nan_stops_before_the_parameters_change(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", ["_gradient", "optimizer", "evaluate", "callback"])
+@pytest.mark.parametrize("where", ["gradient", "optimizer", "evaluate", "callback"])
 def test_interrupted_and_resumed_gives_the_same_bits(tmp_path, monkeypatch, caplog, number, where):
     train(tmp_path / "a")
     trainer = Trainer(config(tmp_path / "b"), images())
@@ -384,7 +388,7 @@ def test_interrupted_and_resumed_gives_the_same_bits(tmp_path, monkeypatch, capl
         return call
 
     owner, name = {
-        "_gradient": (trainer, "_gradient"),
+        "gradient": (Step, "gradient"),
         "optimizer": (trainer.optimizer, "step"),
         "evaluate": (trainer, "_evaluate"),
         "callback": (None, ""),
@@ -396,9 +400,10 @@ def test_interrupted_and_resumed_gives_the_same_bits(tmp_path, monkeypatch, capl
     with pytest.raises(kind):
         trainer.run(interrupting(len) if where == "callback" else None, progress=False)
     assert signal.getsignal(number) is handler
-    done = 4 if where == "_gradient" else 5  # a step that changes parameters is finished
+    done = 4 if where == "gradient" else 5  # a step that changes parameters is finished
     assert trainer.state.step == done and f"after step {done};" in caplog.text
     assert sorted((tmp_path / "b" / "checkpoints").iterdir())[-1].name == f"step-000000{done}.pt"
+    monkeypatch.undo()
     train(tmp_path / "b")
     assert bits(tmp_path / "a") == bits(tmp_path / "b")
     without_time = [
@@ -490,6 +495,18 @@ def test_two_processes_agree_with_one(tmp_path):
     for name, p in one.named_parameters():
         # Adam turns a rounding difference in a tiny gradient into a share of lr = 3e-3
         torch.testing.assert_close(two.get_parameter(name), p, rtol=0, atol=1e-3, msg=name)
+
+
+def test_the_optimiser_s_settings_are_of_the_device_it_runs_on(tmp_path):
+    """A GPU's checkpoint has Adam in one kernel, which rounds otherwise."""
+    train(tmp_path / "a")
+    train(tmp_path / "b", max_steps=3)
+    newest = sorted((tmp_path / "b" / "checkpoints").iterdir())[-1]
+    state = torch.load(newest, weights_only=True)
+    state["optimizer"]["param_groups"][0] |= {"fused": True, "lr": 1.0}
+    torch.save(state, newest)
+    train(tmp_path / "b")
+    assert bits(tmp_path / "a") == bits(tmp_path / "b")
 
 
 # --- bad input ---

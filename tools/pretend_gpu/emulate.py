@@ -158,10 +158,12 @@ def as_cpu(op: Any) -> Callable[..., Any]:
         if foreach:  # which raise versions; the fused optimisers do not
             for t in tree_leaves(args[0]):
                 torch.autograd.graph.increment_version(t)
+        resized: list[tuple[Tensor, Tensor]] = []
         for t, c in pairs:
-            if c.shape != t.shape:  # an out= that was of another size
+            if c.shape != t.shape:  # an out= that was of another size: written beside its memory
                 t.resize_(c.shape)
-                on_host(t).copy_(c)
+                resized.append((on_host(t), c))
+                resized[-1][0].copy_(c)
         made: list[Tensor] = []
 
         def lift(o: Any) -> Any:
@@ -179,17 +181,18 @@ def as_cpu(op: Any) -> Callable[..., Any]:
             return fresh
 
         result = tree_map(lift, out)
-        targets = [on_host(t) for t in made]
+        # of CUDA tensors a replay holds the memory alone: who asks whether others hold them, as the
+        # accumulation of gradients does, is answered as it would be
+        targets, ours = [on_host(t) for t in made], [c for _, c in pairs]
 
         def again() -> None:
             found = op(*cpu_args, **cpu_kwargs)
-            ours = [c for _, c in pairs]
             new = [
                 x
                 for x in tree_leaves(found)
                 if isinstance(x, Tensor) and all(x is not c for c in ours)
             ]
-            for target, x in zip(targets, new, strict=True):
+            for target, x in (*zip(targets, new, strict=True), *resized):
                 target.copy_(x)
 
         reads = [t for t, _ in pairs]

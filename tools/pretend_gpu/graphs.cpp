@@ -123,6 +123,7 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t of, unsigne
   if (from && from->capture == Capture::ACTIVE && stream->capture == Capture::NONE) {
     stream->capture = Capture::ACTIVE, stream->origin = false;
     stream->graph = from->graph, stream->capture_id = event->capture_id, stream->mode = from->mode;
+    stream->thread = from->thread;
   }
   merge(stream->known, event->known);
   return cudaSuccess;
@@ -143,7 +144,7 @@ API cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMod
   if (stream->capture != Capture::NONE) return done(INVALID_VALUE);
   stream->capture = Capture::ACTIVE, stream->origin = true;
   stream->graph = new Graph, stream->mode = static_cast<int>(mode);
-  stream->capture_id = ++state().captures;
+  stream->capture_id = ++state().captures, stream->thread = std::this_thread::get_id();
   count("capture");
   return cudaSuccess;
 }

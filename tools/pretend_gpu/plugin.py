@@ -29,6 +29,8 @@ CANNOT = (  # a test's id: why it cannot pass here
     ),
 )
 
+MEANT = {"test_a_failed_capture": "breaks the capture of stream"}  # what it minds, and should
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -38,9 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _pretended_gpu() -> Iterator[None]:
+def _pretended_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     emulate.complaints()
     with emulate.stated_kernels():
         yield
-    if found := emulate.complaints():
+    meant = next((words for name, words in MEANT.items() if name in request.node.name), None)
+    found = [c for c in emulate.complaints() if meant is None or meant not in c]
+    if found:
         pytest.fail("the pretended GPU minds:\n" + "\n".join(found[:8]), pytrace=False)

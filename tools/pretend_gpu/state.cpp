@@ -109,7 +109,8 @@ int forbidden_in_captures(const char* call) {
   Guard guard(all.lock);
   if (capture_mode == 2) return OK;
   for (Stream* s : all.streams)
-    if (s->capture == Capture::ACTIVE && s->mode == 0) {
+    if (s->capture == Capture::ACTIVE &&
+        (s->mode == 0 || (s->mode == 1 && s->thread == std::this_thread::get_id()))) {
       s->capture = Capture::BROKEN;
       complain(std::string(call) + " breaks the capture of stream " + std::to_string(s->id));
       return NOT_PERMITTED_IN_CAPTURE;

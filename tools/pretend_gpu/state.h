@@ -12,6 +12,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -64,7 +65,8 @@ struct Stream {
   int id = 0, device = 0, priority = 0;
   unsigned flags = 0;  // 1: does not wait for the legacy stream
   Capture capture = Capture::NONE;
-  int mode = 0;  // of the capture: 0 global, 1 of this thread, 2 relaxed
+  int mode = 0;            // of the capture: 0 global, 1 of this thread, 2 relaxed
+  std::thread::id thread;  // that began it
   unsigned long long capture_id = 0;
   Graph* graph = nullptr;
   bool origin = false;  // where the capture began

@@ -134,6 +134,7 @@ class CPURunner:
     """
 
     vouched: object | None = None
+    seen: list[Tensor] | None = None  # it looks block by block
 
     def __init__(self, model: Network) -> None:
         self.model = model

@@ -29,6 +29,8 @@ def captured(
     options: of torch.cuda.CUDAGraph.
     """
     with _capturing, _nothing_collected(), torch.cuda.stream(_stream(device)):
+        # for what was loaded, and for what torch keeps of its generators, which every capture writes
+        torch.cuda.synchronize(device)
         try:
             return _graph(run, **options)
         except Exception as error:

@@ -19,6 +19,7 @@ from fastphi.engine.gpu import loop
 from fastphi.engine.gpu.iteration import Iteration
 from fastphi.engine.gpu.pack import Packed, Transposed
 from fastphi.engine.network import Network
+from fastphi.support.transfer import to_device
 
 STEPS = (
     4  # iterations in a graph: a look at the flag every millisecond or so, next to none for nothing
@@ -104,7 +105,8 @@ class MatchPlan(Iteration):
         ops.image_to_nhwc(self.x, self.image)
         self.target[:n].copy_(target)
         self.weight.copy_(weight)
-        self.settings.copy_(torch.tensor([lr, tolerance, max_iter], dtype=torch.float64))
+        settings = torch.tensor([lr, tolerance, max_iter], dtype=torch.float64)
+        self.settings.copy_(to_device(settings, self.device))
         for state in (self.m, self.v, self.updates, self.converged, self.active):
             state.zero_()
         self.active[:n] = 1

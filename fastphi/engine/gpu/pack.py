@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastphi.engine import ops
 from fastphi.engine.gpu import library
+from fastphi.engine.gpu.capture import captured
 from fastphi.engine.network import Network
 
 
@@ -40,16 +41,16 @@ class Packed:
         }
 
     @staticmethod
-    def key(model: Network) -> tuple:
-        return tuple(
-            (p.data_ptr(), 0 if p.is_inference() else p._version, p.device, p.dtype)
-            for p in model.parameters()
-        )
+    def key(parameters: list[Tensor]) -> tuple:
+        first = parameters[0]
+        places = [p.data_ptr() for p in parameters]
+        versions = [0 if p.is_inference() else p._version for p in parameters]
+        return first.device, first.dtype, places, versions
 
     @staticmethod
-    def content(model: Network) -> tuple:
+    def content(parameters: list[Tensor]) -> list[int]:
         """A sum of every parameter's bits: waits for the GPU."""
-        return tuple(_content(model).tolist())
+        return Content(parameters).sums().tolist()
 
     def fits(self, other: Packed) -> bool:
         """Whether the other's values can be written over these."""
@@ -67,38 +68,60 @@ class Packed:
         return [t for t in found if t is not None]
 
 
-def _content(model: Network) -> Tensor:
-    return ops.weights_content([p.detach().contiguous() for p in model.parameters()])
+class Content:
+    """The sums of some parameters' bits, in memory of their own."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = [p.detach() for p in parameters]
+        device = parameters[0].device
+        self.lanes = torch.empty(len(parameters), 1024, dtype=torch.int64, device=device)
+        self._sums = torch.empty(len(parameters), dtype=torch.int64, device=device)
+
+    def sums(self) -> Tensor:
+        dense = [p if p.is_contiguous() else p.contiguous() for p in self.parameters]
+        ops.weights_content(dense, self.lanes)
+        return torch.sum(self.lanes, dim=1, out=self._sums)
 
 
 class Watch:
     """What torch's version counter does not see of a model's weights, without a wait: their content is
-    asked of the device at one call, and told at a later one."""
+    asked of the device at one call, and told at a later one. Of parameters that stay where they are."""
 
-    def __init__(self) -> None:
-        self._asked: tuple[Tensor, Any] | None = None  # where it will be, and the event that it is
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self._calls, self._asked = 0, False
+        self._content = Content(parameters)
+        self._cuda = parameters[0].is_cuda
+        self._host = torch.empty(len(parameters), dtype=torch.int64, pin_memory=self._cuda)
+        self._there: torch.cuda.Event | None = torch.cuda.Event() if self._cuda else None
+        self._graph: torch.cuda.CUDAGraph | None = None
 
-    def told(self) -> tuple | None:
+    def told(self) -> list[int] | None:
         """The content at an earlier call, if that has come; else None."""
-        if self._asked is None:
+        if not self._asked or (self._there is not None and not self._there.query()):
             return None
-        content, there = self._asked
-        if there is not None and not there.query():
-            return None
-        self._asked = None
-        return tuple(content.tolist())
+        self._asked = False
+        return self._host.tolist()
 
-    def ask(self, model: Network) -> None:
+    def ask(self) -> None:
         """At most one is on its way."""
-        if self._asked is not None:
+        if self._asked:
             return
-        content = _content(model)
-        if not content.is_cuda:
-            self._asked = content, None
-            return
-        host = torch.empty(content.shape, dtype=content.dtype, pin_memory=True)
-        host.copy_(content, non_blocking=True)
-        self._asked = host, torch.cuda.current_stream().record_event()
+        self._calls, self._asked = self._calls + 1, True
+        if self._calls == 2 and self._cuda:  # a model that is called again and again
+            self._graph = captured(self._launch, self._content.lanes.device)
+        if self._graph is None:
+            self._launch()
+        else:
+            self._graph.replay()
+        if self._there is not None:
+            self._there.record()
+
+    def __del__(self) -> None:
+        if self._asked and self._there is not None:
+            self._there.synchronize()  # a replay works in memory that torch thinks is free now
+
+    def _launch(self) -> None:
+        self._host.copy_(self._content.sums(), non_blocking=True)
 
 
 def _pack(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

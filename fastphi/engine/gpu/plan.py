@@ -109,7 +109,6 @@ class Plan:
     def _capture(self) -> None:
         self.image.zero_()
         self._launch()  # compiles and loads, which a capture must not
-        torch.cuda.current_stream().synchronize()
         self.graph = captured(self._launch, self.device, **self.graph_options)
 
     def __del__(self) -> None:

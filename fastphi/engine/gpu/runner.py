@@ -22,7 +22,7 @@ from fastphi.engine.gpu.layer import products
 from fastphi.engine.gpu.match import MatchPlan, filled, rows_for
 from fastphi.engine.gpu.pack import Packed, Watch
 from fastphi.engine.gpu.plan import Plan, capacity, not_captured, widths
-from fastphi.engine.network import Network
+from fastphi.engine.network import Network, parameters_of
 
 if TYPE_CHECKING:
     from fastphi.config import UNetConfig
@@ -94,6 +94,7 @@ class GPURunner:
     """
 
     vouched: object | None = None
+    seen: list[Tensor] | None = None
 
     def __init__(self, model: Network) -> None:
         self.model = model
@@ -102,7 +103,7 @@ class GPURunner:
         self._compiled: set[tuple] = set()  # what a caller's graph may hold
         self._in_graphs: list[Packed] = []  # weights that callers' graphs read
         self._lock = threading.Lock()
-        self._watch = Watch()
+        self._watch: Watch | None = None
 
     @torch.no_grad()
     def denoise(self, x: Tensor) -> Tensor:
@@ -144,9 +145,8 @@ class GPURunner:
         if images.dtype != torch.uint8:
             c, height, width = images.shape[1:]
         # never read: says shape, device and dtype
-        x = torch.empty((), dtype=self._dtype, device=images.device).expand(
-            len(rows), c, height, width
-        )
+        dtype = parameters_of(self.model)[0].dtype
+        x = torch.empty((), dtype=dtype, device=images.device).expand(len(rows), c, height, width)
         sigmas = torch.full((len(rows),), sigma, dtype=torch.float32, device=images.device)
 
         def fill(part: slice, image: Tensor) -> None:
@@ -181,10 +181,6 @@ class GPURunner:
             torch.cat(converged),
         )
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
     def _means(
         self, x: Tensor, until: str | None, fill: Callable[[slice, Tensor], None]
     ) -> dict[str, Tensor]:
@@ -211,43 +207,44 @@ class GPURunner:
         dtype = ops.compute_dtype(x)
         most = max(1, CHUNK // (x.shape[2] * x.shape[3]))
         with torch.cuda.device(x.device if x.is_cuda else -1):
-            with _lasting():
-                packed = self._pack(dtype)
+            packed = self._pack(dtype)
             for start in range(0, len(x), most):
                 rows = slice(start, min(start + most, len(x)))
                 n = rows.stop - start
-                with _lasting():
-                    if until == "match":
-                        plan: Plan = self._match_plan(n, x, packed, max_iter)
-                    else:
-                        plan = self._plan(n, min(most, capacity(n)), x, packed, until)
+                if until == "match":
+                    plan: Plan = self._match_plan(n, x, packed, max_iter)
+                else:
+                    plan = self._plan(n, min(most, capacity(n)), x, packed, until)
                 yield rows, n, plan
 
     def _pack(self, dtype: torch.dtype) -> Packed:
         """The packed weights: made when first needed, made anew in place when a parameter changed, as
         torch's version counter tells at every call, and their content at the first of a job (`frozen`), at
         other calls without a wait: at the one after (`Watch`)."""
-        packed = self._packed.get(dtype)
-        key = Packed.key(self.model)
+        packed, parameters = self._packed.get(dtype), self.seen or parameters_of(self.model)
+        self.seen = None  # of one call
+        key = Packed.key(parameters)
         told = self.vouched is None or (packed is not None and packed.vouched is self.vouched)
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if packed is not None and told and packed.stamp[0] == key:
-            if self.vouched is not None or capturing or not self._changed(packed):
+            if self.vouched is not None or capturing or not self._changed(packed, parameters):
                 return packed
-        key = (key, () if capturing else Packed.content(self.model))
+        key = (key, [] if capturing else Packed.content(parameters))
         if packed is not None and (
             packed.stamp == key or (capturing and packed.stamp[0] == key[0])
         ):
             packed.vouched = None if capturing else self.vouched
             return packed
-        self._watch = Watch()  # what is on its way is of the ones before
+        self._watch = None  # what is on its way is of the ones before
         if torch.cuda.is_available():
             not_captured("weights are packed")
-        fresh = Packed(self.model, dtype, key)
+        with _lasting():
+            fresh = Packed(self.model, dtype, key)
         if packed is not None and packed.fits(fresh):
             for plan in self._plans.values():
                 plan.wait()
-            packed.overwrite(fresh)  # the graphs hold its addresses
+            with _lasting():
+                packed.overwrite(fresh)  # the graphs hold its addresses
         else:
             self._plans.clear()
             self._packed = {dtype: fresh} if packed is not None else self._packed | {dtype: fresh}
@@ -257,10 +254,13 @@ class GPURunner:
             torch.cuda.current_stream().synchronize()  # plans on other streams read them next
         return packed
 
-    def _changed(self, packed: Packed) -> bool:
+    def _changed(self, packed: Packed, parameters: list[Tensor]) -> bool:
         """Whether the weights' content at an earlier call was another than these'; asks for it anew."""
+        if self._watch is None:
+            with _lasting():
+                self._watch = Watch(parameters)
         found = self._watch.told()
-        self._watch.ask(self.model)
+        self._watch.ask()
         if found in (None, packed.stamp[1]):
             return False
         log.warning(
@@ -284,7 +284,8 @@ class GPURunner:
                 not_captured(f"a batch of shape {(n, *x.shape[2:])} (N, H, W) runs")
             if packed not in self._in_graphs:
                 self._in_graphs.append(packed)
-            return make(n)
+            with _lasting():
+                return make(n)
         plan = self._kept((room, *kind), lambda: make(room))
         self._compiled.add(kind)
         return plan
@@ -296,7 +297,8 @@ class GPURunner:
             (shape, packed.dtype, x.device, "match", rows, precision),
             lambda: MatchPlan(self.model, packed, shape, x.device, precision, rows),
         )
-        plan.refresh(self.model)
+        with _lasting():
+            plan.refresh(self.model)
         return plan
 
     def _kept(self, key: tuple, make: Callable[[], Any]) -> Any:
@@ -304,7 +306,8 @@ class GPURunner:
         if key not in self._plans:
             while len(self._plans) >= KEPT:
                 self._plans.popitem(last=False)
-            self._plans[key] = make()
+            with _lasting():
+                self._plans[key] = make()
         self._plans.move_to_end(key)
         self._plans[key].wait()
         return self._plans[key]

@@ -4,7 +4,9 @@ skipped for want of one, and the gradients that are compared.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import json
 from typing import Any
 
 import pytest
@@ -40,6 +42,16 @@ def marks(whole_engine: bool = True) -> list[Any]:
         pytest.mark.gpu,
         pytest.mark.skipif(reason is not None, reason=f"needs a GPU: {reason}"),
     ]
+
+
+counted = pytest.mark.skipif(not PRETENDED, reason="counted on the pretended GPU")
+
+
+def counts() -> dict[str, int]:
+    """What was asked of the pretended GPU since the last look: {"graph launch": 2, ...}."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.pretend_counts.restype = ctypes.c_char_p
+    return json.loads(driver.pretend_counts(1).decode())
 
 
 def photographs(device: Any) -> Tensor:

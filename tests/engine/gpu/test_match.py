@@ -197,3 +197,36 @@ def test_reconstruction_end_to_end(form):
     assert whole.images.is_cuda and whole.images.isfinite().all()
     assert whole.updates.shape == (4, 3) and (whole.updates > 0).any()
     assert torch.equal(alone.images[0], whole.images[1])
+
+
+@gpu_case.counted
+@pytest.mark.parametrize("form", ["schedule", "adaptive"])
+def test_a_sampling_step_copies_no_pageable_memory(form):
+    """Which waits for all that the device has to do, and cannot be captured."""
+    x, _, _ = case(3)
+    made = targets.from_images(network(), x, draws=3).with_channels([1, 2, 5])
+    options = dict(sigmas=(1.0, 0.1, 3)) if form == "schedule" else dict(max_steps=3)
+    steps: list[dict[str, int]] = []
+
+    def callback(info):
+        steps.append(gpu_case.counts())
+
+    with torch.autocast("cuda", BF16):
+        fastphi.reconstruct(network(), made, form=form, max_iter=3, callback=callback, **options)
+    for found in steps[1:]:  # what a first step makes is made
+        assert found.get("graph launch", 0) >= 2, found
+        assert not [what for what in found if what.startswith("copy") and "pageable" in what], found
+
+
+@gpu_case.counted
+def test_draws_of_few_images_go_together():
+    x, _, _ = case(2)
+    made = targets.from_images(network(), x, draws=20)
+    made.phi(0.5)
+    gpu_case.counts()
+    found = made.phi(0.5)
+    assert gpu_case.counts()["graph launch"] == 1
+    alone = torch.cat(
+        [targets.from_images(network(), x[i : i + 1], draws=20, ids=[i]).phi(0.5) for i in (0, 1)]
+    )
+    assert torch.equal(found, alone)

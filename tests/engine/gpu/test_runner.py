@@ -132,15 +132,16 @@ def test_replay_equals_eager_launches_and_writes_every_value(monkeypatch):
 
 
 def test_a_callers_graph():
-    """First a call outside of it, or an error that says so."""
+    """First a call outside of it, of any number of images of that size, or an error that says so."""
     model, x = make(seed=5), images(3)
     graph = torch.cuda.CUDAGraph()
-    for _ in range(2):  # weights not packed; packed, but no such batch
+    for _ in range(2):  # weights not packed; packed, but no such size
         with pytest.raises(RuntimeError, match="call the model once with such a batch first"):
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 x.add(1)  # torch warns of empty graphs
                 in_bf16(model, x)
-        in_bf16(model, x[:1])
+        in_bf16(model, images(1, size=SIZE // 2))
+    in_bf16(model, x[:1])
     want = in_bf16(model, x)
     other = images(3, seed=2)
     after = in_bf16(model, other)

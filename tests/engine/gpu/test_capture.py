@@ -1,0 +1,153 @@
+"""What captures leave behind, on a GPU (or a pretended one): the process as it was, and nothing shared."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import gpu_case
+import pytest
+import torch
+
+from fastphi.engine.gpu import capture
+from fastphi.engine.gpu import runner as gpu
+from fastphi.unet import UNet
+
+pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
+
+DEVICE = torch.device("cuda", 0)
+
+
+def network(seed: int = 0) -> UNet:
+    return gpu_case.network(gpu_case.CONFIG, seed, "cuda").to(DEVICE).requires_grad_(False)
+
+
+def images(n: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, gpu_case.SIZE, gpu_case.SIZE, generator=generator).to(DEVICE)
+
+
+def breaks_a_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Captures of plans fail, in the middle."""
+    launch = gpu.Plan._launch
+
+    def some(self):
+        for i, one in enumerate(self.launches):
+            one()
+            if i == 3:
+                breaks_a_capture()
+
+    monkeypatch.setattr(gpu.Plan, "_launch", some)
+    monkeypatch.setattr(capture, "_told", [])
+    yield
+    monkeypatch.setattr(gpu.Plan, "_launch", launch)
+
+
+def test_a_failed_capture_costs_the_graph_alone(broken, monkeypatch, caplog):
+    """The same values without it; stream, collector, generators and later captures are as before."""
+    model, x, stream = network(), images(3), torch.cuda.current_stream()
+    with caplog.at_level(logging.WARNING, "fastphi"):
+        found, phi = model(x), model.phi(x)
+    said = [r.message for r in caplog.records if "could not be captured" in r.message]
+    assert len(said) == 1 and "launches one by one" in said[0]
+    assert torch.cuda.current_stream() == stream and gc.isenabled()
+    noise = torch.randn(5, device=DEVICE)  # torch's generators are in no capture
+    assert noise.isfinite().all()
+    monkeypatch.undo()
+    whole = network()
+    assert torch.equal(whole(x), found) and torch.equal(whole.phi(x), phi)
+    runner = gpu.GPURunner(whole)
+    runner.denoise(images(5))
+    (plan,) = runner._plans.values()
+    assert plan.graph is not None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = torch.randn(4, device=DEVICE) + x.sum()
+    graph.replay()
+    assert made.isfinite().all()
+
+
+def test_a_stream_of_our_own_is_nobody_elses():
+    mine = capture._stream(DEVICE)
+    assert capture._stream(DEVICE) is mine
+    others = {torch.cuda.Stream().cuda_stream for _ in range(70)}  # torch has 32
+    assert mine.cuda_stream not in others
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        network()(images(2))
+        assert torch.cuda.current_stream() == side
+
+
+def test_a_callers_graph_shares_nothing_with_calls_outside():
+    """It is replayed in one stream while the model is called in another, and neither waits."""
+    model, x, y = network(), images(4), images(4, seed=2)
+    want, other = model(x), model(y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = model(x)
+        again = model(y)  # a second call in the same graph
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    for _ in range(3):
+        with torch.cuda.stream(side):
+            graph.replay()
+        assert torch.equal(model(y), other) and torch.equal(model(x), want)
+    torch.cuda.synchronize()
+    assert torch.equal(out, want) and torch.equal(again, other)
+
+
+def test_two_graphs_of_a_caller_share_nothing():
+    model, x, y = network(), images(4), images(4, seed=2)
+    want, other = model.phi(x), model.phi(y)
+    graphs, outs = [], []
+    for batch in (x, y):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.no_grad(), torch.cuda.graph(graphs[-1]):
+            outs.append(model.phi(batch))
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(3):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(outs[0], want) and torch.equal(outs[1], other)
+
+
+def test_a_callers_graph_lives_on_when_the_weights_move():
+    """It answers as the model did when it was captured, though the model now has parameters elsewhere."""
+    model, x = network(), images(2)
+    want = model(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = model(x)
+    model.double().float()  # other memory, the same values
+    model(x)
+    torch.cuda.empty_cache()
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+def test_a_batch_that_shrinks_is_captured_a_few_times():
+    model = network()
+    runner, x = gpu.GPURunner(model), images(64)
+    whole = runner.denoise(x)
+    captures, real = [], capture.captured
+
+    def counted(*args, **options):
+        captures.append(1)
+        return real(*args, **options)
+
+    from fastphi.engine.gpu import plan as gpu_plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_plan, "captured", counted)
+        for n in range(63, 0, -1):
+            assert torch.equal(runner.denoise(x[:n]), whole[:n])
+    assert len(captures) <= 20
