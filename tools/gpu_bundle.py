@@ -133,7 +133,9 @@ def main() -> None:
     parser = gpu_pretend.arguments(__doc__)
     parser.add_argument("--bundle", type=Path, default=ROOT / ".dev")
     parser.add_argument(
-        "--engine-only", action="store_true", help="no kernels that tests alone need: in half the time"
+        "--engine-only",
+        action="store_true",
+        help="no kernels that tests alone need: in half the time",
     )
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -4,8 +4,8 @@
     python3 tools/gpu_first.py --seconds 200 --again out/gpu/results.jsonl
 
 Each step is a process of its own with a limit, each test too: what hangs or crashes costs only itself. The
-second form runs what failed, with the first error in full, then the forms of a match's loop, then what is
-missing. With the folder of `make gpu-bundle`, .dev, nothing is compiled; else the package is built first,
+second form runs what failed, with the first error in full, what is missing, and the forms of a match's
+loop. With the folder of `make gpu-bundle`, .dev, nothing is compiled; else the package is built first,
 into OUT, and that time is not counted. tools/gpu_report.py makes tables of the lines. No network is needed.
 """
 
@@ -403,8 +403,12 @@ def plan(again: Path | None, only: list[str]) -> list[tuple[Step, str]]:
     whole = {line["step"] for line in gpu_lines.of_kind(lines, "step") if line["said"] == "done"}
     failed = [(s, "failed") for s in chosen if s.files and s.name in bad]
     missing = [(s, "missing") for s in chosen if s.name not in whole or s.name == "load"]
-    missing.sort(key=lambda item: (item[0].name != "load", not item[0].again))
-    return missing[:1] + failed + missing[1:]
+
+    def order(item: tuple[Step, str]) -> tuple[bool, ...]:
+        step, pick = item
+        return step.name != "load", not step.shared, step.name != "loops", pick != "failed"
+
+    return sorted(failed + missing, key=order)
 
 
 def call(planned: list[tuple[Step, str]], out: Out, seconds: float, jobs: int) -> None:
