@@ -103,7 +103,8 @@ def make_cache(cache: Path, python: Path, variables: dict[str, str], tests: bool
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True)
     engine = [python, __file__, "--launch"]
-    files = [ROOT / name for name in LAUNCHING]
+    # by the newer one gpu_first.py runs no test of the engine
+    files = [ROOT / f for f in LAUNCHING if cache.name == "own" or "tests/engine" not in f]
     found: list[list[str]] = []
     programs = {"engine": engine} | ({"tests": [python, *TESTS, *files]} if tests else {})
     for name, program in programs.items():
@@ -112,6 +113,8 @@ def make_cache(cache: Path, python: Path, variables: dict[str, str], tests: bool
         found.append(compiled(cache))
         took = f"{time.monotonic() - start:.0f} s"
         print(f"{cache.name}: {name}, {took}, {len(found[-1])} kernels: {said}", flush=True)
+    for source in cache.rglob("*.source"):  # more than half, and nobody reads it
+        source.unlink()
     before = set(cache.rglob("*"))
     fill(cache, engine, variables)
     if new := {p.name for p in set(cache.rglob("*")) - before}:
@@ -120,13 +123,16 @@ def make_cache(cache: Path, python: Path, variables: dict[str, str], tests: bool
 
 
 def pack(name: str, parent: Path, target: Path) -> None:
-    """A folder or file as .tar.xz, to which neither time nor owner makes a difference."""
-    tar = ["tar", "--sort=name", "--mtime=@0", "--owner=0", "--group=0", "-C", parent, "-cf", "-"]
+    """A folder or file as .tar.xz, alike beside alike, and neither time nor owner makes a difference."""
+    files = [p for p in (parent / name).rglob("*") if p.is_file()] or [parent / name]
+    names = [str(p.relative_to(parent)) for p in sorted(files, key=lambda p: (p.name, str(p)))]
+    command = ["tar", "--mtime=@0", "--owner=0", "--group=0", "-C", parent, "-T", "-", "-cf", "-"]
+    tar = subprocess.run(
+        list(map(str, command)), input="\n".join(names).encode(), stdout=subprocess.PIPE, check=True
+    )
     with target.open("wb") as file:
-        packed = subprocess.Popen([*map(str, tar), name], stdout=subprocess.PIPE)
-        subprocess.run(["xz", "-6", "-c"], stdin=packed.stdout, stdout=file, check=True)
-    if packed.wait():
-        sys.exit(f"gpu-bundle: tar of {parent / name} ended with {packed.returncode}")
+        xz = ["xz", "--x86", "--lzma2=preset=9", "-c"]
+        subprocess.run(xz, input=tar.stdout, stdout=file, check=True)
 
 
 def main() -> None:
