@@ -13,8 +13,10 @@
 #             a torch with CUDA and two Tritons into CACHE (3 GB)
 # make gpu-pretend  every test marked gpu on a pretended GPU (tools/pretend_gpu): needs nvcc (CUDA 13) and
 #             Python 3.12, downloads a torch with CUDA into CACHE (5 GB)
-# make gpu-suite PART="build tests"  what is to be run where a GPU is: tools/gpu_suite.py says which parts
-#             there are; with PYTHON, which must have a torch with CUDA, into OUT=out/gpu; no network
+# make gpu-bundle  what a machine with a GPU and without a network needs beside the repository, into .dev:
+#             compiled libraries, Triton's caches, a newer ptxas; needs what gpu-pretend needs; half an hour
+# make gpu-first SECONDS=450  tests and times where a GPU is, with PYTHON, which must have a torch with CUDA and
+#             pytest; into OUT=out/gpu; AGAIN=FILE goes on after an earlier results.jsonl; no network
 #
 # Set-up is the project's own virtual environment, .venv, with the compiled extension; an interrupted
 # command goes on where it stopped. Variables:
@@ -35,7 +37,7 @@ BIN  := $(VENV)/bin
 C_FILES := find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
-.PHONY: setup demo test check format wheel doctor bench sanitize race fuzz gpu-static gpu-pretend gpu-suite clean
+.PHONY: setup demo test check format wheel doctor bench sanitize race fuzz gpu-static gpu-pretend gpu-bundle gpu-first clean
 
 # A stamp a step: what an interruption leaves done is not done again. Each use installs what it needs:
 # the demo neither Triton nor a linter.
@@ -152,9 +154,13 @@ gpu-static: setup
 gpu-pretend:
 	$(PYTHON) tools/gpu_pretend.py --cache "$(CACHE)"
 
-PART ?= build tests
-gpu-suite:
-	$(PYTHON) tools/gpu_suite.py --out "$(if $(filter file,$(origin OUT)),out/gpu,$(OUT))" $(PART)
+gpu-bundle:
+	$(PYTHON) tools/gpu_bundle.py --cache "$(CACHE)"
+
+SECONDS ?= 450
+gpu-first:
+	$(PYTHON) tools/gpu_first.py --seconds $(SECONDS) $(if $(AGAIN),--again "$(AGAIN)") \
+	  --out "$(if $(filter file,$(origin OUT)),out/gpu,$(OUT))"
 
 clean:
 	rm -rf build dist *.egg-info fastphi/*.so out

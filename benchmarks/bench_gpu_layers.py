@@ -1,6 +1,6 @@
-"""Every layer of the network on a GPU, bf16: ours as the runner runs it (with the combination of its
-statistics), cuDNN's bare convolution (channels_last, its algorithm tried out), and cuDNN's with our
-epilogue, which is what library.json chooses. Each in a CUDA graph.
+"""Every layer of the network on a GPU, bf16: ours as the runner runs it (merging the statistics of its
+input, leaving its own in parts), cuDNN's bare convolution (channels_last, its algorithm tried out), and
+cuDNN's with our epilogue, which is what library.json chooses. Each in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gpu_case
+import gpu_sizes
 import pytest
 import support
 import torch
 import torch.nn.functional as F
 from support import LayerShape
 
-from fastphi.engine import ops
 from fastphi.engine.gpu import library as gpu_library
 
 pytestmark = gpu_case.marks()
 
-SHAPES = list(support.layers(support.UNetConfig(), 64, decoder=True))
-BF16, DEVICE = torch.bfloat16, torch.device("cuda", 0)
+SHAPES = list(support.layers(gpu_sizes.CONFIG, gpu_sizes.SIZE, decoder=True))
+BF16, DEVICE = gpu_sizes.BF16, gpu_sizes.DEVICE
 EPS = 1e-5
 # Of a stored bf16 value 2^-9, of the product's sums less, over all of an image; cuDNN + epilogue
 # rounds twice.
@@ -30,7 +30,8 @@ TOLERANCE = 5e-3
 
 class Inputs(NamedTuple):
     r: list[torch.Tensor]  # (N, H, W, C) of each source; an image: one of 3 channels
-    s: list[torch.Tensor]  # (N,)
+    s: list[torch.Tensor]  # (N,) of each
+    parts: Any  # scalars.Parts that come to the first of them
     weight: torch.Tensor  # torch's layout, bf16
     bias: torch.Tensor  # (Cout,) fp32
     gamma: torch.Tensor
@@ -51,10 +52,23 @@ def make(shape: LayerShape, n: int) -> Inputs:
 
     c_in, c_out, size = sum(shape.c_in), shape.c_out, shape.size
     r = [random(n, size, size, c).relu().to(BF16) for c in shape.c_in]
-    s = [random(n).abs() + 0.5 for _ in r]
+    s = [0.5 + random(n).abs() / 10 for _ in r]
     kernel = (c_in, c_out, 2, 2) if shape.kind == "up" else (c_out, c_in, 3, 3)
     weight = (random(*kernel) / (9 * c_in) ** 0.5).to(BF16)
-    return Inputs(r, s, weight, random(c_out) / 10, random(c_out))
+    parts = parts_of(s[0], shape.c_in[0], size) if shape.kind in ("fused", "last") else None
+    return Inputs(r, s, parts, weight, random(c_out) / 10, random(c_out))
+
+
+def parts_of(s: torch.Tensor, channels: int, size: int) -> Any:
+    """As many as a layer leaves to the next, which come to s."""
+    from fastphi.triton_kernels import fused_layer, scalars
+
+    count = fused_layer.partials_per_image((channels,), channels, size, size, BF16, DEVICE)
+    std = 1 / s - EPS
+    partials = torch.zeros(len(s), count, 3, device=DEVICE)
+    partials[:, :, 0] = 1.0
+    partials[:, :, 2] = (std * std)[:, None]
+    return scalars.Parts(partials, EPS, torch.empty_like(s))
 
 
 def empty(*size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -64,14 +78,12 @@ def empty(*size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 def fused(shape: LayerShape, x: Inputs, launch: Any, slots: int) -> Way:
     n, (size, c_out) = len(x.r[0]), (shape.size, shape.c_out)
     out, partials = empty(n, size, size, c_out), empty(n, slots, 3, dtype=torch.float32)
-    s_out = empty(n, dtype=torch.float32)
     r2, s2 = (x.r[1], x.s[1]) if len(x.r) == 2 else (None, None)
 
-    def run() -> None:
-        launch(x.r[0], x.s[0], r2=r2, s2=s2, r_out=out, partials=partials)
-        ops.combine_stats(partials, EPS, s_out)
-
-    return Way(run, out)
+    return Way(
+        lambda: launch(x.r[0], x.parts, r2=r2, s2=s2, r_out=out, partials=partials),
+        out,
+    )
 
 
 def ours(shape: LayerShape, x: Inputs) -> Way:
@@ -89,7 +101,7 @@ def ours(shape: LayerShape, x: Inputs) -> Way:
     if kind == "last":
         out = empty(n, c_out, size, size, dtype=torch.float32)
         return Way(
-            lambda: last_layer.last_layer_fwd(x.r[0], x.s[0], packed, x.bias, out),
+            lambda: last_layer.last_layer_fwd(x.r[0], x.parts, packed, x.bias, out),
             out.permute(0, 2, 3, 1),
         )
 
@@ -143,10 +155,11 @@ def _tried_out():
     torch.backends.cudnn.benchmark = before
 
 
-@pytest.mark.parametrize("n", support.BATCHES)
+@pytest.mark.parametrize("n", gpu_sizes.BATCHES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 @torch.no_grad()
 def test_layer(shape, n, timed, peaks):
+    n = gpu_sizes.batch(n)
     x = make(shape, n)
     ways = {"ours": ours(shape, x), "cuDNN bare": bare(shape, x)}
     if shape.kind == "fused":
@@ -166,7 +179,7 @@ def test_layer(shape, n, timed, peaks):
             "c_in": list(shape.c_in),
             "c_out": shape.c_out,
             "size": shape.size,
-            "kind": shape.kind,
+            "layer": shape.kind,
             "bound": n * shape.bound(peaks["flops"], peaks["bytes_per_second"]),
             "flops": n * shape.flops,
         }

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import bench_gpu_network as networks
 import gpu_case
+import gpu_sizes
 import pytest
 import support
 import torch
@@ -85,12 +86,14 @@ def peer_phi(model: UNet, way: str) -> Callable:
         return lambda i: (network(i), network.phi)[1]
     walk = support.Plain(networks.low(model), decoder=False)
     if way == "torch.compile":
-        walk = torch.compile(walk, mode="max-autotune")
+        options = {"triton.cudagraphs": True, "max_autotune_pointwise": True}
+        walk = torch.compile(walk, dynamic=False, options=options)
     return lambda i: walk(i.to(BF16).contiguous(memory_format=torch.channels_last)).float()
 
 
 def time_iteration(way: str, n: int, model: UNet, timed, peaks) -> None:
     """Seconds of an iteration: a match of `UPDATES` updates and one last loss, divided."""
+    n = gpu_sizes.batch(n)
     x, target = support.images(n, CONFIG, SIZE, DEVICE), target_of(model, n)
     torch.compiler.reset()
     torch.cuda.empty_cache()
@@ -107,7 +110,7 @@ def time_iteration(way: str, n: int, model: UNet, timed, peaks) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of peers
-@pytest.mark.parametrize("way, n", [(w, n) for w in ("ours", "eager", "authors") for n in BATCHES])
+@pytest.mark.parametrize("way, n", [(w, n) for n in BATCHES for w in ("ours", "eager", "authors")])
 def test_iteration(way, n, model, timed, peaks):
     time_iteration(way, n, model, timed, peaks)
 
@@ -168,7 +171,7 @@ def in_loop(loop: str, monkeypatch) -> dict[str, str]:
 @pytest.mark.parametrize("n", BATCHES)
 def test_match_to_1_percent(n, loop, trained, photographs, timed, monkeypatch):
     """Trained weights, from noise of σ = 0.5 to another image's φ at that σ."""
-    way = in_loop(loop, monkeypatch)
+    way, n = in_loop(loop, monkeypatch), gpu_sizes.batch(n)
     clean = photographs[:n]
     with torch.no_grad(), torch.autocast("cuda", BF16):
         target = trained.phi(noisy(clean, 0.5, seed=1))
@@ -181,7 +184,7 @@ def test_match_to_1_percent(n, loop, trained, photographs, timed, monkeypatch):
 @pytest.mark.parametrize("n", BATCHES)
 def test_match_that_stops(n, loop, model, timed, monkeypatch):
     """The paper's network, random: to 30 %, which its images reach apart from each other."""
-    way = in_loop(loop, monkeypatch)
+    way, n = in_loop(loop, monkeypatch), gpu_sizes.batch(n)
     x, target = support.images(n, CONFIG, SIZE, DEVICE), target_of(model, n)
     call, spread = until_all_stop(model, x, target, 0.3)
     timed({"what": "match to 30 %", "images": n} | way | spread, call, rounds=5, least=0.0)
@@ -191,13 +194,13 @@ def test_match_that_stops(n, loop, model, timed, monkeypatch):
 @pytest.mark.parametrize("low", [True, False], ids=["bf16", "fp32"])
 def test_updates_to_1_percent(low, sigma, trained, photographs, timed):
     """Of the same trained weights and images in both; within 5 % of each other is what is wanted."""
-    clean = photographs[:64]
+    clean = photographs[: gpu_sizes.batch(64)]
     with torch.no_grad(), torch.autocast("cuda", BF16, enabled=low):
         target = trained.phi(noisy(clean, sigma, seed=1))
     start = noisy(clean.mean((2, 3), keepdim=True).expand_as(clean), sigma, seed=2)
     call, spread = until_all_stop(trained, start, target, 0.01, low)
     case = {"what": f"updates to 1 % at σ = {sigma}", "way": "bf16" if low else "fp32"}
-    timed(case | {"images": 64} | spread, call, rounds=3, least=0.0)
+    timed(case | {"images": len(clean)} | spread, call, rounds=3, least=0.0)
 
 
 # --- replays, reconstruction ------------------------------------------------------------------------

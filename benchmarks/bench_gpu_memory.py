@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bench_gpu_network as networks
 import gpu_case
+import gpu_sizes
 import pytest
 import support
 import torch
@@ -16,6 +17,7 @@ pytestmark = gpu_case.marks()
 @pytest.mark.parametrize("work", ["phi", "denoise"])
 @torch.no_grad()
 def test_memory(work, way, n, results, benchmark):
+    n = gpu_sizes.batch(n)
     model = support.network(networks.CONFIG, backend="cuda").to(networks.DEVICE)
     x = support.images(n, networks.CONFIG, networks.SIZE, networks.DEVICE)
     call = networks.WAYS[way](model, work == "denoise")

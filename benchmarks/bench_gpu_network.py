@@ -8,18 +8,18 @@ import copy
 from collections.abc import Callable
 
 import gpu_case
+import gpu_sizes
 import pytest
 import support
 import torch
 
 from fastphi import reference
-from fastphi.config import UNetConfig
 from fastphi.unet import UNet
 
 pytestmark = gpu_case.marks()
 
-CONFIG, SIZE, DEVICE, BF16 = UNetConfig(), 64, torch.device("cuda", 0), torch.bfloat16
-BATCHES = (256, 1, 8, 64, 512)  # what is asked for first
+CONFIG, SIZE = gpu_sizes.CONFIG, gpu_sizes.SIZE
+DEVICE, BF16 = gpu_sizes.DEVICE, gpu_sizes.BF16
 TOLERANCE = 2e-2  # relative, of bf16; a peer that errs more is timed all the same, and shown
 
 
@@ -49,8 +49,11 @@ def eager(model: UNet, decoder: bool) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def compiled(model: UNet, decoder: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """With CUDA graphs, which that mode brings."""
-    peer = torch.compile(support.Plain(low(model), decoder=decoder), mode="max-autotune")
+    """With CUDA graphs; what is no matrix product is tuned to the utmost, convolutions are cuDNN's, which
+    tries its algorithms out: to tune Inductor's own takes minutes a batch."""
+    options = {"triton.cudagraphs": True, "max_autotune_pointwise": True}
+    walk = support.Plain(low(model), decoder=decoder)
+    peer = torch.compile(walk, dynamic=False, options=options)
     return lambda x: peer(x.to(BF16).contiguous(memory_format=torch.channels_last)).float()
 
 
@@ -63,7 +66,7 @@ def authors(model: UNet, decoder: bool) -> Callable[[torch.Tensor], torch.Tensor
 
     def call(x: torch.Tensor) -> torch.Tensor:
         mean.clear()
-        out = peer.walk(reference.ReferenceOps(), x)
+        out = peer.walk(None, x)  # by its modules, with their hooks
         return out if decoder else mean[0]
 
     return call
@@ -85,14 +88,20 @@ def exact(model) -> Callable[[torch.Tensor, bool], torch.Tensor]:
     return run
 
 
+@pytest.fixture(autouse=True)
+def _tried_out():
+    """cuDNN's algorithms, for peers."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    yield
+    torch.backends.cudnn.benchmark = before
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own, of peers
-@pytest.mark.parametrize("way, n", [(way, n) for way in WAYS for n in BATCHES])
+@pytest.mark.parametrize("way, n", [(way, n) for n in gpu_sizes.BATCHES for way in WAYS])
 @pytest.mark.parametrize("work", ["phi", "denoise"])
 @torch.no_grad()
 def test_network(work, way, n, model, exact, timed, peaks):
-    decoder = work == "denoise"
-    if way == "torch.compile" and n not in (256, 1):
-        pytest.skip("each takes minutes to tune")
+    decoder, n = work == "denoise", gpu_sizes.batch(n)
     x = support.images(n, CONFIG, SIZE, DEVICE)
     torch.compiler.reset()  # a peer's graphs keep their memory
     call = WAYS[way](model, decoder)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import bench_gpu_network as networks
 import gpu_case
+import gpu_sizes
 import pytest
 import support
 import torch
@@ -47,6 +48,7 @@ def stepper(way: str, n: int):
 @pytest.mark.parametrize("n", [512, 64])
 @pytest.mark.parametrize("way", ["ours", "eager", "torch.compile"])
 def test_step(way, n, timed, peaks):
+    n = gpu_sizes.batch(n)
     torch.compiler.reset()
     torch.cuda.empty_cache()
     step = stepper(way, n)

@@ -1,12 +1,13 @@
 """pytest benchmarks/ [--benchmark-json FILE] [--results FILE]
 
-Without pytest-benchmark, a fixture of the same name runs each case once; the times, which are the
-suites' own (support.py), are those of --results all the same.
+Without pytest-benchmark, and in tools/gpu_first.py, a fixture of the same name runs each case once; the
+times, which are the suites' own (support.py), are those of --results all the same.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,29 +19,49 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent / "tests/engine/gpu"))
+sys.path[1:1] = [str(HERE.parent / "tests/engine/gpu"), str(HERE.parent / "tools")]
 
+import gpu_lines  # noqa: E402
 import support  # noqa: E402
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--results", type=Path, help="JSON, written after every case")
+    parser.addoption("--batch", type=int, action="append", help="only cases of so many images")
+    parser.addoption("--way", action="append", help="only these ways, such as ours")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """A case that has no batch, or is of no one way, stays."""
+    for option, name in (("--batch", "n"), ("--way", "way")):
+        wanted = config.getoption(option)
+        if wanted:
+            items[:] = [
+                item
+                for item in items
+                if getattr(item, "callspec", None) is None
+                or item.callspec.params.get(name, wanted[0]) in wanted
+            ]
 
 
 @pytest.fixture(scope="session")
 def results(request) -> support.Results:
-    return support.Results(request.config.getoption("--results"))
+    """Where tools/gpu_first.py runs it, each case is a line of its file as well."""
+    also = gpu_lines.append if gpu_lines.wanted() else None
+    return support.Results(request.config.getoption("--results"), also)
 
 
 @pytest.fixture(scope="session")
 def peaks(results) -> dict[str, float]:
-    """What the GPU can do, measured in this run."""
-    found = support.peaks()
+    """What the GPU can do, measured in this run; or in an earlier step of the same one (gpu_first.py)."""
+    lines = gpu_lines.read(os.environ["FASTPHI_LINES"]) if gpu_lines.wanted() else []
+    earlier = next(gpu_lines.of_kind(lines, "peaks"), None)
+    found = support.peaks() if earlier is None else earlier
     results.put(peaks=found)
     return found
 
 
-if importlib.util.find_spec("pytest_benchmark") is None:
+if importlib.util.find_spec("pytest_benchmark") is None or gpu_lines.wanted():
 
     @pytest.fixture
     def benchmark() -> Any:

@@ -2,7 +2,8 @@
 
 Needs nvcc and the headers of CUDA 13, and g++. Makes, in --cache, an environment with a torch that has CUDA
 (5 GB); builds the extensions for it and the two pretended libraries in --out; runs every test marked gpu.
-What is left over on the command line goes to pytest.
+What is left over on the command line goes to pytest. --program FILE ARGUMENT... runs that with the
+environment's Python instead, whatever pytest it starts on the pretended GPU too.
 """
 
 from __future__ import annotations
@@ -102,10 +103,15 @@ def ready(options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
 
 
 def main() -> None:
-    options, rest = arguments(__doc__).parse_known_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--program", nargs=argparse.REMAINDER, help="run this instead of pytest")
+    options, rest = parser.parse_known_args()
     binaries, variables = ready(options)
     paths = (variables["PYTHONPATH"], HERE, ROOT / "tests" / "engine" / "gpu")
     variables["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    if options.program:
+        run(binaries / "python", *options.program, PYTEST_PLUGINS="plugin", **variables)
+        return
     plain = ["-q", "-p", "no:cacheprovider", "-p", "plugin", "-m", "gpu", "--timeout", "300"]
     run(binaries / "pytest", *plain, *(rest or ["tests"]), **variables)
 

@@ -36,7 +36,7 @@ API CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   return CUDA_SUCCESS;
 }
 API CUresult cuDeviceGetName(char* name, int length, CUdevice) {
-  std::snprintf(name, length, "pretended H100");
+  std::snprintf(name, length, "%s", device_name());
   return CUDA_SUCCESS;
 }
 API CUresult cuDeviceGetUuid(CUuuid* uuid, CUdevice device) {

@@ -236,6 +236,14 @@ def _between(to: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
     return to
 
 
+def cudnn_convolution(  # type: ignore[no-untyped-def]
+    x: Tensor, weight: Tensor, padding, stride, dilation, groups, *_settings
+) -> Tensor:
+    """Which no CPU has: the one of all devices."""
+    rest = (stride, padding, dilation, False, [0] * len(stride), groups)
+    return torch.ops.aten.convolution.default(x, weight, None, *rest)
+
+
 def item(t: Tensor) -> Any:
     with torch.cuda.device(t.device):
         RUNTIME.cudaStreamSynchronize(torch.cuda.current_stream().cuda_stream)
@@ -261,6 +269,7 @@ def install() -> list[torch.library.Library]:
         base, _, overload = name.partition(".")
         op = getattr(getattr(torch.ops.aten, base), overload or "default")
         aten.impl(name, as_cpu(op), "CUDA", allow_override=True)
+    aten.impl("cudnn_convolution", cudnn_convolution, "CUDA", allow_override=True)
     aten.impl("copy_", copy, "CUDA", allow_override=True)
     aten.impl("_local_scalar_dense", item, "CUDA", allow_override=True)
     return list(libraries.values())

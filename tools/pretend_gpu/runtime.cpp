@@ -129,7 +129,7 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
 }
 API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   std::memset(p, 0, sizeof *p);
-  std::snprintf(p->name, sizeof p->name, "pretended H100");
+  std::snprintf(p->name, sizeof p->name, "%s", device_name());
   p->totalGlobalMem = size_t{80} << 30, p->l2CacheSize = 50 << 20;
   p->major = 9, p->minor = 0, p->multiProcessorCount = 132, p->warpSize = 32;
   p->sharedMemPerBlock = 49152, p->sharedMemPerBlockOptin = 232448;

@@ -105,6 +105,7 @@ struct State {
 
 State& state();
 int device_count();
+const char* device_name();  // PRETEND_NAME, where a program is to take it for a real one
 extern thread_local int current_device;
 extern thread_local int capture_mode;  // of this thread: 0 global, 1 of this thread, 2 relaxed
 

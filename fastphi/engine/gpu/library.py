@@ -1,7 +1,7 @@
 """Layers that the GPU engine gives to cuDNN, with an epilogue of its own: those where that measured
 faster than the fused layer.
 
-The table, library.json, is written from measurements by tools/gpu_library_table.py, and is empty
+The table, library.json, is written from measurements by tools/gpu_report.py, and is empty
 until there are some. cuDNN chooses its algorithm by batch size: for the layers of the table, and for
 no others, the last bits of a result may depend on how many images share a launch.
 """

@@ -1,7 +1,7 @@
 """Who repeats the captured iterations of a match on a GPU: the host, which looks at a flag ("poll"), or
 the device by itself ("while": a WHILE node of CUDA 12.4, csrc/graph). The same numbers either way.
 
-The choice is a table's, loop.json, written from measurements by tools/gpu_loop_table.py and empty
+The choice is a table's, loop.json, written from measurements by tools/gpu_report.py and empty
 until there are some: then the host. FASTPHI_MATCH_LOOP asks for one of them by name.
 """
 
