@@ -128,20 +128,11 @@ def calls(counts: Counts) -> dict[str, dict[str, dict[str, float]]]:
         def match(x: Any = x, phi: Any = phi) -> Any:
             return guidance.match(model, x, phi, 0.01, 100, 0.01, low=True)
 
-        def vouched(call: Callable[[], Any]) -> Callable[[], Any]:
-            def done() -> Any:
-                with fastphi.frozen(model):
-                    return call()
-
-            return done
-
-        for name, call in (
-            ("denoise", low(lambda x=x: model(x))),
-            ("φ", low(lambda x=x: model.phi(x))),
-            ("φ, frozen", vouched(low(lambda x=x: model.phi(x)))),
-            ("match", match),
-        ):
+        φ = low(lambda x=x: model.phi(x))
+        for name, call in (("denoise", low(lambda x=x: model(x))), ("φ", φ), ("match", match)):
             found.setdefault(name, {})[str(n)] = measure(counts, call)
+        with fastphi.frozen(model):
+            found.setdefault("φ, frozen", {})[str(n)] = measure(counts, φ)
 
         targets = fastphi.targets.fixed(phi)
 

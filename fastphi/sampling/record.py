@@ -19,7 +19,7 @@ from fastphi.sampling.guidance import MatchResult
 from fastphi.sampling.plan import Plan
 from fastphi.sampling.result import TABLES, Reconstruction, read
 from fastphi.support import files, validate
-from fastphi.support.transfer import to_device
+from fastphi.support.transfer import to_device, to_host
 from fastphi.targets.kinds import Targets
 
 if TYPE_CHECKING:
@@ -97,7 +97,10 @@ class Record:
     def result(self, state: State, finished: bool) -> Reconstruction:
         """The run up to `state`."""
         for name in TABLES:
-            self.rows[name] = [row.cpu() for row in self.rows[name]]
+            rows = self.rows[name]
+            away = [row for row in rows if row.is_cuda]  # the last ones
+            if away:
+                self.rows[name] = rows[: -len(away)] + list(to_host(torch.stack(away)).unbind())
         kept = self.kept[: state.step // self.every] if self.every else []
         return Reconstruction(
             images=state.x,

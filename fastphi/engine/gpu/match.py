@@ -143,7 +143,5 @@ class MatchPlan(Iteration):
         )
 
     def refresh(self, model: Network) -> None:
-        """Pack the transposed weights again where the others have been."""
-        if self.transposed.stamp != self.packed.stamp:
-            fresh = Transposed(model, self.packed.dtype, self.packed.stamp)
-            self.transposed.overwrite(fresh)
+        """Pack the transposed weights again, as the others have been."""
+        self.transposed.overwrite(Transposed(model, self.packed.dtype, self.packed.stamp))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from fastphi.engine import ops
 from fastphi.engine.gpu import library
 from fastphi.engine.gpu.capture import captured
 from fastphi.engine.network import Network
+from fastphi.support.transfer import to_host
+
+_version = attrgetter("_version")
 
 
 class Weights(NamedTuple):
@@ -43,14 +47,16 @@ class Packed:
     @staticmethod
     def key(parameters: list[Tensor]) -> tuple:
         first = parameters[0]
-        places = [p.data_ptr() for p in parameters]
-        versions = [0 if p.is_inference() else p._version for p in parameters]
-        return first.device, first.dtype, places, versions
+        try:
+            versions = [*map(_version, parameters)]
+        except RuntimeError:  # inference tensors have none
+            versions = [0 if p.is_inference() else p._version for p in parameters]
+        return first.device, first.dtype, [*map(Tensor.data_ptr, parameters)], versions
 
     @staticmethod
     def content(parameters: list[Tensor]) -> list[int]:
         """A sum of every parameter's bits: waits for the GPU."""
-        return Content(parameters).sums().tolist()
+        return to_host(Content(parameters).sums()).tolist()
 
     def fits(self, other: Packed) -> bool:
         """Whether the other's values can be written over these."""
@@ -102,8 +108,8 @@ class Watch:
         self._asked = False
         return self._host.tolist()
 
-    def ask(self) -> None:
-        """At most one is on its way."""
+    def ask(self, stream: torch.cuda.Stream | None) -> None:
+        """In the current stream, which that is. At most one is on its way."""
         if self._asked:
             return
         self._calls, self._asked = self._calls + 1, True
@@ -114,7 +120,7 @@ class Watch:
         else:
             self._graph.replay()
         if self._there is not None:
-            self._there.record()
+            self._there.record(stream)
 
     def __del__(self) -> None:
         if self._asked and self._there is not None:

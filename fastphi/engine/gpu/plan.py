@@ -91,13 +91,13 @@ class Plan:
 
     # Before and after a use: the memory is one user's at a time, on whichever streams they are.
 
-    def wait(self) -> None:
-        if self.done is not None:
-            torch.cuda.current_stream().wait_event(self.done)
+    def wait(self, stream: torch.cuda.Stream | None) -> None:
+        if self.done is not None and stream is not None:
+            stream.wait_event(self.done)
 
-    def used(self) -> None:
+    def used(self, stream: torch.cuda.Stream | None) -> None:
         if self.done is not None:
-            self.done.record()
+            self.done.record(stream)
 
     def run(self) -> None:
         if self.graph is None and self.done is not None and self.tries:

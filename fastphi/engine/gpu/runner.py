@@ -8,6 +8,7 @@ the ops of ops.py beside it serve.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections import OrderedDict
@@ -45,6 +46,11 @@ def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str
 def _refuses_device(device: torch.device) -> str | None:
     if (reason := missing()) is not None:
         return reason
+    return _too_old(device)
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than sm_80"
     return None
@@ -109,14 +115,14 @@ class GPURunner:
     def denoise(self, x: Tensor) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         with self._lock:
-            for rows, n, plan in self._parts(x, until=None):
+            for rows, n, plan, stream in self._parts(x, until=None):
                 _put(x[rows], plan.image[:n])
                 plan.run()
                 if self.model.config.residual:
                     torch.sub(x[rows], plan.denoised[:n], out=out[rows])
                 else:
                     out[rows].copy_(plan.denoised[:n])
-                plan.used()
+                plan.used(stream)
         return out
 
     @torch.no_grad()
@@ -166,13 +172,13 @@ class GPURunner:
             )
         parts = []
         with self._lock:
-            for rows, n, plan in self._parts(x, "match", max_iter):
+            for rows, n, plan, stream in self._parts(x, "match", max_iter):
                 try:
                     plan.start(x[rows], target[rows], weight, lr, max_iter, tolerance)
                     plan.loop(max_iter)
                     parts.append(plan.results(n, max_iter, x))
                 finally:  # an interrupt, too: what is queued may still work in the memory
-                    plan.used()
+                    plan.used(stream)
         images, losses, updates, converged = zip(*parts, strict=True)
         return (
             torch.cat(images),
@@ -190,34 +196,37 @@ class GPURunner:
             b: torch.empty(len(x), width[b], dtype=torch.float32, device=x.device) for b in names
         }
         with self._lock:
-            for rows, n, plan in self._parts(x, until=names[-1]):
+            for rows, n, plan, stream in self._parts(x, until=names[-1]):
                 fill(rows, plan.image[:n])
                 plan.run()
                 torch._foreach_copy_(
                     [mean[rows] for mean in out.values()], [plan.means[name][:n] for name in out]
                 )  # one launch
-                plan.used()
+                plan.used(stream)
         return out
 
     def _parts(self, x: Tensor, until: str | None, max_iter: int = 0) -> Any:
-        """(rows, how many, the plan that serves them) of each part of a batch, the device made current.
+        """(rows, how many, the plan that serves them, the stream) of each part of a batch, the device made
+        current.
 
         until: what the plan is for: the block to stop after, None for the image, or "match".
         """
         dtype = ops.compute_dtype(x)
         most = max(1, CHUNK // (x.shape[2] * x.shape[3]))
         with torch.cuda.device(x.device if x.is_cuda else -1):
-            packed = self._pack(dtype)
+            stream = torch.cuda.current_stream() if x.is_cuda else None
+            packed = self._pack(dtype, stream)
             for start in range(0, len(x), most):
                 rows = slice(start, min(start + most, len(x)))
                 n = rows.stop - start
                 if until == "match":
-                    plan: Plan = self._match_plan(n, x, packed, max_iter)
+                    plan: Plan = self._match_plan(n, x, packed, max_iter, stream)
                 else:
                     plan = self._plan(n, min(most, capacity(n)), x, packed, until)
-                yield rows, n, plan
+                plan.wait(stream)
+                yield rows, n, plan, stream
 
-    def _pack(self, dtype: torch.dtype) -> Packed:
+    def _pack(self, dtype: torch.dtype, stream: torch.cuda.Stream | None) -> Packed:
         """The packed weights: made when first needed, made anew in place when a parameter changed, as
         torch's version counter tells at every call, and their content at the first of a job (`frozen`), at
         other calls without a wait: at the one after (`Watch`)."""
@@ -227,7 +236,11 @@ class GPURunner:
         told = self.vouched is None or (packed is not None and packed.vouched is self.vouched)
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if packed is not None and told and packed.stamp[0] == key:
-            if self.vouched is not None or capturing or not self._changed(packed, parameters):
+            if (
+                self.vouched is not None
+                or capturing
+                or not self._changed(packed, parameters, stream)
+            ):
                 return packed
         key = (key, [] if capturing else Packed.content(parameters))
         if packed is not None and (
@@ -242,7 +255,7 @@ class GPURunner:
             fresh = Packed(self.model, dtype, key)
         if packed is not None and packed.fits(fresh):
             for plan in self._plans.values():
-                plan.wait()
+                plan.wait(stream)
             with _lasting():
                 packed.overwrite(fresh)  # the graphs hold its addresses
         else:
@@ -254,13 +267,15 @@ class GPURunner:
             torch.cuda.current_stream().synchronize()  # plans on other streams read them next
         return packed
 
-    def _changed(self, packed: Packed, parameters: list[Tensor]) -> bool:
+    def _changed(
+        self, packed: Packed, parameters: list[Tensor], stream: torch.cuda.Stream | None
+    ) -> bool:
         """Whether the weights' content at an earlier call was another than these'; asks for it anew."""
         if self._watch is None:
             with _lasting():
                 self._watch = Watch(parameters)
         found = self._watch.told()
-        self._watch.ask()
+        self._watch.ask(stream)
         if found in (None, packed.stamp[1]):
             return False
         log.warning(
@@ -290,24 +305,27 @@ class GPURunner:
         self._compiled.add(kind)
         return plan
 
-    def _match_plan(self, n: int, x: Tensor, packed: Packed, max_iter: int) -> MatchPlan:
+    def _match_plan(
+        self, n: int, x: Tensor, packed: Packed, max_iter: int, stream: torch.cuda.Stream | None
+    ) -> MatchPlan:
         precision = products(packed.dtype)
         shape, rows = (filled(n), *x.shape[2:]), rows_for(max_iter)
         plan = self._kept(
             (shape, packed.dtype, x.device, "match", rows, precision),
             lambda: MatchPlan(self.model, packed, shape, x.device, precision, rows),
         )
-        with _lasting():
-            plan.refresh(self.model)
+        if plan.transposed.stamp != packed.stamp:
+            plan.wait(stream)
+            with _lasting():
+                plan.refresh(self.model)
         return plan
 
     def _kept(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """The plan of this key, made when first asked for, ready to be used on the current stream."""
+        """The plan of this key, made when first asked for."""
         if key not in self._plans:
             while len(self._plans) >= KEPT:
                 self._plans.popitem(last=False)
             with _lasting():
                 self._plans[key] = make()
         self._plans.move_to_end(key)
-        self._plans[key].wait()
         return self._plans[key]
