@@ -176,7 +176,7 @@ def test_parts_of_a_batch_have_the_bits_of_the_whole(dtype, monkeypatch):
     assert torch.equal(parts.denoise(x), whole)
     for block, values in parts.block_means(x, until="mid").items():
         assert torch.equal(values, means[block])
-    assert sorted(key[0][0] for key in parts._plans) == [1, 1, 2, 2]
+    assert sorted(plan.n for plan in parts._plans.values()) == [1, 1, 2, 2]
 
 
 def test_views_and_gradients_of_the_input_do_not_matter():
@@ -239,18 +239,16 @@ def test_few_plans_are_kept_and_one_that_is_let_go_frees_its_memory(monkeypatch)
         assert first() is None, "in a cycle: its memory would wait for the garbage collector"
     finally:
         gc.enable()
-    assert [key[0][0] for key in runner._plans] == [2, 3]
+    assert [plan.n for plan in runner._plans.values()] == [2, 3]
 
 
-def test_a_plan_in_a_callers_graph_is_kept(monkeypatch):
-    monkeypatch.setattr(gpu, "KEPT", 1)
-    model, x = network("tiny"), images("tiny")
-    runner = gpu.GPURunner(model)
-    runner.block_means(x[:1], until="enc1")
-    next(iter(runner._plans.values())).held = True
-    for n in (2, 3):
-        runner.block_means(x[:n], until="enc1")
-    assert [key[0][0] for key in runner._plans] == [1, 3]
+def test_few_plans_serve_every_batch():
+    """Up to 8 images exactly as many, beyond at most a quarter more."""
+    for n in range(1, 300):
+        room = gpu.capacity(n)
+        assert n <= room <= max(8, 1.25 * n) and gpu.capacity(room) == room
+    assert [gpu.capacity(n) for n in (8, 16, 64, 256)] == [8, 16, 64, 256]
+    assert len({gpu.capacity(n) for n in range(1, 65)}) == 20
 
 
 @pytest.mark.parametrize("until", [None, "mid", "dec2"])
