@@ -64,7 +64,9 @@ def steps() -> list[Step]:
     kernels = sorted((ROOT / "tests/triton_kernels").glob("test_*.py"))
     kernels = [f for f in kernels if f.stem not in ("test_interpreter", "test_tiles")]
     engine = [f for f in sorted((ROOT / "tests/engine/gpu").glob("test_*.py"))]
-    engine = [f for f in engine if f.stem not in ("test_emulated", "test_rounding")]
+    others = ("test_emulated", "test_rounding", "test_pretended", "test_launches")  # of no GPU
+    engine = [f for f in engine if f.stem not in others]
+    engine.append(ROOT / "tests/train/test_captured.py")
 
     def of(folder: str, files: Iterable[Path], limit: float, newer: bool = False) -> list[Step]:
         end = ", newer ptxas" if newer else ""
