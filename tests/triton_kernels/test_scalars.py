@@ -62,10 +62,10 @@ def test_bits_in_the_fused_layer(count):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_many_programs_of_an_image_and_two_sources(dtype):
     """Every program merges, one writes; a second source's scalars are merged already."""
-    x = make(Case(2, 20, 20, (16, 16), 96), dtype)
+    x = make(Case(2, 12, 8, (16, 16), 96), dtype)
     weight = fused_layer.pack_weight(x.weight, 16, dtype)
     p = parts(2, 5)._replace(mean=None, std=None)
-    outs = [poisoned(2, 20, 20, 96, dtype=dtype) for _ in range(2)]
+    outs = [poisoned(2, 12, 8, 96, dtype=dtype) for _ in range(2)]
     options = dict(r2=x.r2, s2=x.s2)
     fused_layer.fused_layer_fwd(x.r, p, weight, x.bias, x.gamma, r_out=outs[0], **options)
     assert torch.equal(p.s.cpu(), stated(p)[0])
@@ -108,10 +108,10 @@ def test_bits_in_an_upsampling_with_a_bias():
 
 
 def test_bits_in_the_epilogue():
-    x = make(Case(3, 20, 20, (16,), 96), torch.float16)
-    c = guarded(torch.randn(3, 20, 20, 96, generator=torch.Generator().manual_seed(2)).half())
+    x = make(Case(3, 10, 10, (16,), 96), torch.float16)
+    c = guarded(torch.randn(3, 10, 10, 96, generator=torch.Generator().manual_seed(2)).half())
     p = parts(3, 9)
-    outs = [poisoned(3, 20, 20, 96, dtype=torch.float16) for _ in range(2)]
+    outs = [poisoned(3, 10, 10, 96, dtype=torch.float16) for _ in range(2)]
     epilogue.epilogue_fwd(c, p, x.bias, x.gamma, r_out=outs[0])
     check(p)
     epilogue.epilogue_fwd(c, p.s, x.bias, x.gamma, r_out=outs[1])
