@@ -3,10 +3,10 @@ host's own time of each call. Counted on the pretended GPU (tools/pretend_gpu).
 
     python3 tools/gpu_host.py --label after    # into benchmarks/results/gpu_host.json, beside the others
 
-The paper's network in bfloat16, at batch 1, 8 and 64. nodes: of all graphs that a call replays (three are of
-the one that sums up the weights, which `fastphi.frozen` spares). Triton really compiles, and launches are
-really prepared and then dropped, so values mean nothing here, and the microseconds are the host's alone,
-those of the pretended libraries among them. What cuDNN and cuBLAS make is one launch each.
+The paper's network in bfloat16, at batch 1, 8 and 64. nodes: of all graphs that a call replays, three of
+them those that sum up the weights (`fastphi.frozen` spares them). Triton really compiles, and launches
+are really prepared and then dropped, so values mean nothing here, and the microseconds are the host's
+alone, those of the pretended libraries among them. What cuDNN and cuBLAS make is one launch each.
 """
 
 from __future__ import annotations
