@@ -112,7 +112,7 @@ def main() -> None:
     if options.program:
         run(binaries / "python", *options.program, PYTEST_PLUGINS="plugin", **variables)
         return
-    plain = ["-q", "-p", "no:cacheprovider", "-p", "plugin", "-m", "gpu", "--timeout", "300"]
+    plain = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "plugin", "-m", "gpu", "--timeout", "300"]
     run(binaries / "pytest", *plain, *(rest or ["tests"]), **variables)
 
 
