@@ -9,6 +9,7 @@ import gpu_case
 import pytest
 import torch
 
+import fastphi
 from fastphi.engine.gpu import capture
 from fastphi.engine.gpu import runner as gpu
 from fastphi.unet import UNet
@@ -169,3 +170,22 @@ def test_a_capture_that_broke_once_is_made_at_the_next_use(monkeypatch):
     (plan,) = runner._plans.values()
     assert plan.graph is not None and len(calls) == 2
     assert torch.equal(runner.denoise(x), first) and len(calls) == 2
+
+
+@gpu_case.counted
+def test_what_a_call_asks_of_the_device():
+    """A launch for each layer and up-sampling; of φ, one more for the means of all blocks."""
+    model, x = network(), images(2)
+    config = model.config
+    encoder = sum(config.enc_layers) + config.mid_layers
+    every = encoder + sum(config.dec_layers) + config.blocks
+    for call, nodes in ((model, every), (model.phi, encoder + 1)):
+        with torch.no_grad(), fastphi.frozen(model):
+            call(x)
+            gpu_case.counts()
+            call(x)
+        found = gpu_case.counts()
+        assert found["replayed nodes"] == nodes and found["graph launch"] == 1, found
+        # the image in, the result out
+        assert found.get("emulated", 0) + found.get("kernel", 0) == 2, found
+        assert not any("pageable" in what or "synchron" in what for what in found), found
