@@ -16,10 +16,6 @@ CANNOT = (  # a test's id: why it cannot pass here
         r"triton_kernels.*(test_errors_say|test_bad_arguments|test_an_empty_batch)",
         "launchers are stated, and look at no argument",
     ),
-    (
-        r"test_epilogue|test_bits_in_the_epilogue|test_layers_that_a_library_convolves",
-        "the epilogue alone is not stated: it has no values here",
-    ),
     ("test_rows_that_are_not_there", "the CPU's operator looks at the rows, the GPU's writes NaN"),
     ("test_tensors_on_two_devices_are_named", "the CPU's operator sees one memory"),
     ("test_under_torch_compile", "Inductor's kernels have no values here"),

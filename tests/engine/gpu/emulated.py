@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from fastphi.triton_kernels import (
     conv_bwd,
+    epilogue,
     first_layer,
     fused_layer,
     last_layer,
@@ -35,6 +36,7 @@ def kernels() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module, name, launch in (
             (fused_layer, "fused_layer_fwd", _fused_layer_fwd),
+            (epilogue, "epilogue_fwd", _epilogue_fwd),
             (first_layer, "first_layer_fwd", _first_layer_fwd),
             (last_layer, "last_layer_fwd", _last_layer_fwd),
             (upsample, "upsample_fwd", _upsample_fwd),
@@ -107,8 +109,13 @@ def _fused_layer_fwd(
     z = _image(s) * _conv(r, weights[0])
     if r2 is not None:
         z += _image(s2) * _conv(r2, weights[1])
+    _finish(z, bias, gamma, r_out, pooled, partials, sums, z_out, active, relu)
+
+
+def _finish(z, bias, gamma, r_out, pooled, partials, sums, z_out, active, relu) -> None:
+    """What a layer does after its products."""
     if bias is not None:
-        z += bias[:, None, None]
+        z = z + bias[:, None, None]
     _put(z_out, z.permute(0, 2, 3, 1), active)
     flat = z.flatten(1)
     m2 = flat.var(1, correction=0) * flat.shape[1]
@@ -116,6 +123,15 @@ def _fused_layer_fwd(
     _first_slot(partials, torch.stack([count, flat.mean(1), m2], 1), active)
     value = z if gamma is None else gamma[:, None, None] * z
     _outputs(value.relu() if relu else value, r_out, pooled, sums, active)
+
+
+def _epilogue_fwd(
+    c, s, bias, gamma, *, c2=None, s2=None, r_out=None, pooled=None, partials=None, sums=None, relu=True,
+) -> None:  # fmt: skip
+    z = _image(_scalars(s, None)) * c.float().permute(0, 3, 1, 2)
+    if c2 is not None:
+        z = z + _image(s2) * c2.float().permute(0, 3, 1, 2)
+    _finish(z, bias, gamma, r_out, pooled, partials, sums, None, None, relu)
 
 
 def _first_layer_fwd(
