@@ -29,9 +29,10 @@ def captured(
     options: of torch.cuda.CUDAGraph.
     """
     with _capturing, _nothing_collected(), torch.cuda.stream(_stream(device)):
-        # for what was loaded, and for what torch keeps of its generators, which every capture writes
-        torch.cuda.synchronize(device)
         try:
+            # for what was loaded, and for what torch keeps of its generators, which every capture writes;
+            # an error where another thread captures
+            torch.cuda.synchronize(device)
             return _graph(run, **options)
         except Exception as error:
             _restore(device)
