@@ -111,13 +111,14 @@ def fused_layer_fwd_kernel(
             return
     n = image + tl.arange(0, TN)
 
-    if DESCRIPTORS:
+    EARLY: tl.constexpr = DESCRIPTORS or z_out is None
+    if EARLY:
         loaded = begin(s, partials_in, image, N, T, WIDTH, TN)
     acc = tl.zeros((BLOCK_N, TN * PIXELS), tl.float32)
     acc = accumulate(acc, r, weight, image, y0, x0, channel, N, H, W, 9, K, 0, C1, P1,
                      COUT, COUT % BLOCK_N != 0, TN, TH, TW, BLOCK_N, BLOCK_K,
                      DESCRIPTORS, PRECISION, UPCAST)  # fmt: skip
-    if not DESCRIPTORS:  # the addresses of a gather leave no registers for it
+    if not EARLY:  # the addresses of a gather, and of z, leave no registers for it
         loaded = begin(s, partials_in, image, N, T, WIDTH, TN)
     first = (place == 0) & (block == 0)
     scale = merged(
