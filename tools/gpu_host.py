@@ -176,25 +176,6 @@ def training_step(n: int) -> Iterator[Callable[[], None]]:
         step.close()
 
 
-def libraries_calls() -> list[Any]:
-    """What cuDNN and cuBLAS would make, which are not there: memory of the right shape and one launch."""
-    import torch
-
-    def made(*shapes: tuple[Any, tuple[int, ...]]) -> list[torch.Tensor]:
-        return [like.new_empty(shape).zero_() for like, shape in shapes]
-
-    def convolution_backward(grad, source, weight, *_rest):  # type: ignore[no-untyped-def]
-        return None, made((weight, tuple(weight.shape)))[0], None
-
-    def mm(a, b):  # type: ignore[no-untyped-def]
-        return made((a, (a.shape[0], b.shape[1])))[0]
-
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("convolution_backward", convolution_backward, "CUDA", allow_override=True)
-    library.impl("mm", mm, "CUDA", allow_override=True)
-    return [library]
-
-
 def without_values() -> None:
     """Nothing looks at values, which mean nothing here; and the weights' sums are the same each time."""
     from fastphi.engine.gpu import pack
@@ -216,8 +197,18 @@ def without_values() -> None:
     Step._checked = lambda self, *args: 0.0
 
 
+def without_libraries() -> list[Any]:
+    """As `tools/pretend_gpu/launches.py` has it."""
+    import sys
+
+    sys.path.append(str(ROOT / "tools" / "pretend_gpu"))
+    import launches
+
+    return launches.without_libraries()
+
+
 def child() -> None:
-    _kept = libraries_calls()
+    _kept = without_libraries()
     without_values()
     print(json.dumps(calls(Counts())))
 

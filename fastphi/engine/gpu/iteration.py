@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastphi.engine import ops
 from fastphi.engine.gpu.pack import Transposed
-from fastphi.engine.gpu.plan import Plan, Scalars, partials_of
+from fastphi.engine.gpu.plan import Plan, Scalars, merged_of, partials_of
 
 
 class Kept(NamedTuple):
@@ -122,8 +122,7 @@ class Iteration(Plan):
                 *(partials, eps, mean, std),
             )  # fmt: skip
             self._give(partials, sums)
-        source_s = s if isinstance(s, Tensor) else s.s
-        kept = Kept(name, r, source_s, full, s_out, mean, std, form)
+        kept = Kept(name, r, merged_of(s), full, s_out, mean, std, form)
         return kept, out, Parts(partials, self.config.eps, s_out, mean, std)
 
     def _backward(self, kept: list[Kept]) -> None:

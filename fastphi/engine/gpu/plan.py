@@ -204,7 +204,7 @@ class Plan:
         """The means of all blocks in one launch; the last one's scalars are nobody else's to merge."""
         sums, scalars, pixels, means = ([*column] for column in zip(*self._summed, strict=True))
         partials, eps = partials_of(scalars[-1]), self.config.eps
-        merged = [s if isinstance(s, Tensor) else s.s for s in scalars]
+        merged = [merged_of(s) for s in scalars]
         self.launches.append(lambda: ops.combine_means(sums, merged, pixels, means, partials, eps))
 
     def _kernel(
@@ -222,8 +222,7 @@ class Plan:
             sums = partial(first_layer.sums_per_image, c_out, *place)
             return first_layer.first_layer_fwd, inputs, sums, sums
         r2, s2 = skip or (None, None)
-        s2 = s2 if s2 is None or isinstance(s2, Tensor) else s2.s  # merged by the next block
-        options |= dict(r2=r2, s2=s2)
+        options |= dict(r2=r2, s2=None if s2 is None else merged_of(s2))  # by the next block
         c_in = (c,) if r2 is None else (c, r2.shape[3])
         if layer.library and library.takes(c_in, c_out, height, width, n, self.device):
             return (
@@ -280,6 +279,11 @@ class Plan:
         for t in tensors:
             if t is not None:
                 self._free.setdefault((t.numel(), t.dtype), []).append(t)
+
+
+def merged_of(s: Scalars) -> Tensor:
+    """(N,), as it is once the first kernel has read them."""
+    return s if isinstance(s, Tensor) else s.s
 
 
 def partials_of(s: Scalars) -> Tensor | None:
