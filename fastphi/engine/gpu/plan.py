@@ -83,9 +83,12 @@ class Plan:
     done: torch.cuda.Event | None = None  # the last use
 
     def _finish(self) -> None:
-        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return
+        self.image.zero_()  # numbers, in rows that a smaller batch leaves as they are
+        if on_gpu:
             self.done = torch.cuda.Event()
-            self.image.zero_()
             self._launch()  # compiles and loads, which a capture must not
             self._capture()
 

@@ -326,6 +326,19 @@ def test_the_model_calls_the_runner(caplog):
 
 
 @pytest.mark.usefixtures("served")
+def test_rows_that_a_batch_leaves_empty_are_numbers(monkeypatch):
+    """Nine images run in a plan for ten; fresh memory is poisoned here."""
+    model, x = network("tiny"), images("tiny").repeat(3, 1, 1, 1)
+    new = gpu.Plan._new
+    monkeypatch.setattr(gpu.Plan, "_new", lambda *a: new(*a).fill_(3e38))
+    runner = engine.runner(model, next(model.parameters()))
+    means = runner.block_means(x)
+    (plan,) = runner._plans.values()
+    assert plan.n == 10 and not plan.image[9].any()
+    assert all(mean.isfinite().all() for mean in (*means.values(), *plan.means.values()))
+
+
+@pytest.mark.usefixtures("served")
 def test_extraction_decodes_and_draws_on_the_device(tmp_path):
     """As the reference extracts; to the same bits however it is cut up, and when it goes on."""
     pixels = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
