@@ -102,7 +102,7 @@ SOURCES = [
     "csrc/cpu/direct/conv.cpp",
     "csrc/cpu/isa/choice.cpp",
     "csrc/cpu/winograd/conv.cpp",
-    "csrc/cpu/winograd/weight.cpp",
+    "csrc/cpu/winograd/backward.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/operators.cpp",

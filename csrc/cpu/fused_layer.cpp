@@ -106,21 +106,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
   Tensor d_gamma = wanted(need_weight && gamma, {k.cout});
   dispatch(r, [&](auto t) {
     using T = decltype(t);
-    KeptBuffer<T, GRADIENT> dz(k.n * k.h * k.w * k.cout);
     Buffer<T> coefficient(k.n);
+    if (gamma)
+      norm_coefficients<T>(k.n, k.h * k.w * k.cout, data<T>(d_s_out), data<T>(s_out), data<T>(std),
+                           coefficient);
+    const i64 cin = k.c1 + k.c2;
+    if constexpr (sizeof(T) == sizeof(float))
+      if (winograd_serves_backward<T>(cin, k.cout)) {
+        GradInput<T> grad{data<T>(d_r_out), Spread::PIXEL, data<T>(gamma), data<T>(mean),
+                          gamma ? coefficient.get() : nullptr};
+        grad.relu = relu;
+        WinogradBackward job{};
+        job.n = k.n, job.h = k.h, job.w = k.w, job.cout = k.cout;
+        job.z = data<T>(z), job.grad = &grad;
+        job.sources = r2 ? 2 : 1;
+        job.source[0] = {data<T>(r), data<T>(s), nullptr, k.c1};
+        if (r2) job.source[1] = {data<T>(*r2), data<T>(*s2), nullptr, k.c2};
+        job.need_input = need_input, job.need_weight = need_weight, job.input_scaled = true;
+        KeptBuffer<T, PACKED> packed(
+            need_input ? winograd_packed_size(k.c1, k.cout) + winograd_packed_size(k.c2, k.cout)
+                       : 0);
+        if (need_input) {
+          pack_winograd_transposed(data<T>(weight), k.cout, cin, job.sources, job.source, packed);
+          job.d_r[0] = mutable_data<T>(d_r), job.d_s[0] = mutable_data<T>(d_s);
+          job.d_r[1] = mutable_data<T>(d_r2), job.d_s[1] = mutable_data<T>(d_s2);
+        }
+        if (need_weight) {
+          job.d_weight = mutable_data<T>(d_weight), job.d_bias = mutable_data<T>(d_bias);
+          job.d_gamma = gamma ? mutable_data<T>(d_gamma) : nullptr;
+        }
+        return run_winograd_backward(job);
+      }
+    KeptBuffer<T, GRADIENT> dz(k.n * k.h * k.w * k.cout);
     LayerGradJob<T> grad{};
     grad.n = k.n, grad.h = k.h, grad.w = k.w, grad.c = k.cout;
     grad.d_r = data<T>(d_r_out), grad.z = data<T>(z), grad.gamma = data<T>(gamma), grad.relu = relu;
     grad.mean = data<T>(mean), grad.dz = dz;
-    if (gamma) {
-      norm_coefficients<T>(k.n, k.h * k.w * k.cout, data<T>(d_s_out), data<T>(s_out), data<T>(std),
-                           coefficient);
-      grad.coefficient = coefficient;
-    }
+    if (gamma) grad.coefficient = coefficient;
     launch_layer_grad(grad, need_weight ? mutable_data<T>(d_bias) : nullptr,
                       need_weight && gamma ? mutable_data<T>(d_gamma) : nullptr);
-    const i64 cin = k.c1 + k.c2;
-    const bool winograd = winograd_serves<T>(cin);
     auto source_gradients = [&](const Tensor& r, const Tensor& s, i64 c0, i64 c, Tensor& d_r,
                                 Tensor& d_s) {
       if (need_input) {
@@ -129,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
         launch_layer_dgrad<T>({k.n, k.h, k.w, k.cout, c, dz, nullptr, packed, data<T>(r),
                                data<T>(s), mutable_data<T>(d_r), mutable_data<T>(d_s)});
       }
-      if (need_weight && !winograd) {
+      if (need_weight) {
         WeightGradJob<T> job{};
         job.n = k.n, job.h = k.h, job.w = k.w, job.cin = c, job.cout = k.cout, job.taps = 9;
         job.r = data<T>(r), job.scale = data<T>(s), job.d = dz;
@@ -138,15 +162,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
     };
     source_gradients(r, s, 0, k.c1, d_r, d_s);
     if (r2) source_gradients(*r2, *s2, k.c1, k.c2, d_r2, d_s2);
-    if constexpr (sizeof(T) == sizeof(float))
-      if (need_weight && winograd) {
-        ConvJob<T> job{};
-        job.n = k.n, job.h = k.h, job.w = k.w, job.cout = k.cout;
-        job.sources = r2 ? 2 : 1;
-        job.source[0] = {data<T>(r), data<T>(s), nullptr, k.c1};
-        if (r2) job.source[1] = {data<T>(*r2), data<T>(*s2), nullptr, k.c2};
-        run_winograd_weight(job, dz, mutable_data<T>(d_weight));
-      }
   });
   return {d_r, d_s, d_r2, d_s2, d_weight, d_bias, d_gamma};
 }

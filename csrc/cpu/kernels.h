@@ -20,20 +20,21 @@ struct Source {
   const T* scale;   // (N,) or null for 1
   const T* packed;  // see direct/conv.h
   i64 channels;
-  // Winograd's alone, of one source: r is the z that r was to be made of, ReLU(gamma z)
+  // Winograd's alone: r is the z that r was to be made of, ReLU(gamma z)
   bool raw;
   const T* gamma;  // (channels) or null for 1
 };
 
 // How the gradient of a layer's output reaches the pixels that the layer's convolution made.
 enum class Spread {
-  PIXEL,  // d (N, H, W, C): one value each
-  POOL,   // d (N, H/2, W/2, C): a quarter of their pool's
-  IMAGE   // d (N, C): the same for all
+  PIXEL,           // d (N, H, W, C): one value each
+  POOL,            // d (N, H/2, W/2, C): a quarter of their pool's
+  IMAGE,           // d (N, C): the same for all
+  PIXEL_AND_POOL,  // d one value each, and a quarter of their pool's in d_pool
 };
 
-// Input of a gradient's convolution, dz = m gamma d + coefficient (z - mean), m = 1[gamma z > 0]; z
-// is source[0].r.
+// Input of a gradient's convolution, dz = m gamma d + coefficient (z - mean), m = 1[gamma z > 0] (1
+// without ReLU); z is source[0].r.
 template <class T>
 struct GradInput {
   const T* d;
@@ -41,6 +42,10 @@ struct GradInput {
   const T* gamma;        // (C,) or null for 1
   const T* mean;         // (N,)
   const T* coefficient;  // (N,) or null without norm
+  // Winograd's alone
+  const T* d_pool = nullptr;
+  bool relu = true;
+  T *bias = nullptr, *gain = nullptr;  // (strips, C): sums of dz and of m d z; or null
 };
 
 constexpr i64 WINO_POINTS = 36;  // of F(4x4, 3x3)
@@ -155,20 +160,20 @@ struct Kernels {
   void (*layer_grad)(const LayerGradJob<T>&, i64 begin, i64 end);  // units (n, band)
 };
 
-// The gradient of a Winograd convolution's weights.
+// The gradient of a Winograd convolution's weights: its input, and where it goes.
 struct WinogradWeightJob {
   i64 n, h, w, cin, cout, panels;
-  const float* dz;     // (N, H, W, cout)
-  const float* scale;  // (N,) of the input's only source, or null; two have theirs in v already
-  float* d_weight;     // (cout, cin, 3, 3)
+  int sources;
+  Source<float> source[2];
+  float* d_weight;  // (cout, cin, 3, 3)
 };
 
-// Some tiles, transformed: the input as v[point * v_pitch + tile * depth + c], dz as d[point *
-// d_pitch + panel's start * tiles + tile * lanes + j]. A unit is `blocks` blocks of channels by
-// `panels` panels, numbered with the panels inside.
+// Some tiles, transformed: the input as u[point * u_pitch + tile * u_depth + c], the gradient of
+// the output likewise as v. A unit is `blocks` blocks of input channels by `panels` panels of
+// outputs, numbered with the panels inside.
 struct WeightPart {
-  i64 tiles, depth, v_pitch, d_pitch, blocks, panels;
-  float *v, *d;
+  i64 tiles, u_depth, u_pitch, v_depth, v_pitch, blocks, panels;
+  float *u, *v;
   bool add;  // to the products of the parts before
 };
 
@@ -180,14 +185,14 @@ struct WinogradPart {
   float* m;  // tiles * 36 numbers per output channel
 };
 
-// The steps of a Winograd convolution, float alone (winograd/kernel.h, winograd/weight.h).
+// The steps of a Winograd convolution and its gradients, float alone (winograd/kernel.h, weight.h).
 struct WinogradKernels {
   void (*pack)(const float* weight, i64 outputs, i64 channels, const WeightStrides&, i64 begin,
                i64 end, float* packed);
   void (*input)(const ConvJob<float>&, i64 first, i64 last, float* v, i64 pitch, i64 depth,
                 float* scratch);
   void (*output)(const ConvJob<float>&, const WinogradPart&);
-  void (*spread)(const WinogradWeightJob&, i64 first, i64 last, i64 at, const WeightPart&);
+  void (*spread)(const WinogradWeightJob&, i64 first, i64 last, float* u, i64 pitch, i64 depth);
   void (*weights)(const WinogradWeightJob&, const WeightPart&, i64 unit, float* m);
   void (*taps)(const WinogradWeightJob&, const WeightPart&, i64 unit, float* m, i64 slices,
                i64 pitch);

@@ -70,17 +70,6 @@ void run_conv(const ConvJob<T>& job) {
   });
 }
 
-// Sums (rows, c) partials over rows in double, in order.
-template <class T>
-void sum_rows(const T* partial, i64 rows, i64 c, T* out) {
-  parallel(c, rows, [&](i64 begin, i64 end) {
-    std::vector<double> sum(end - begin, 0.0);
-    for (i64 row = 0; row < rows; ++row)
-      for (i64 i = begin; i < end; ++i) sum[i - begin] += partial[row * c + i];
-    for (i64 i = begin; i < end; ++i) out[i] = static_cast<T>(sum[i - begin]);
-  });
-}
-
 }  // namespace
 
 template <class T>
@@ -207,6 +196,16 @@ void norm_coefficients(i64 n, i64 count, const T* d_s_out, const T* s_out, const
 }
 
 template <class T>
+void sum_rows(const T* partial, i64 rows, i64 c, T* out) {
+  parallel(c, rows, [&](i64 begin, i64 end) {
+    std::vector<double> sum(end - begin, 0.0);
+    for (i64 row = 0; row < rows; ++row)
+      for (i64 i = begin; i < end; ++i) sum[i - begin] += partial[row * c + i];
+    for (i64 i = begin; i < end; ++i) out[i] = static_cast<T>(sum[i - begin]);
+  });
+}
+
+template <class T>
 void launch_layer_grad(LayerGradJob<T> job, T* d_bias, T* d_gamma) {
   const i64 units = job.n * bands(job.h);
   Buffer<T> bias_rows(d_bias ? units * job.c : 0), gamma_rows(d_gamma ? units * job.c : 0);
@@ -316,6 +315,7 @@ void launch_upsample_bwd(UpsampleJob<T> job) {
   template void launch_layer_fwd(ConvJob<T>, const T*, T, T*, T*, T*, T*);                \
   template void launch_layer_dgrad(const DgradJob<T>&);                                   \
   template void norm_coefficients(i64, i64, const T*, const T*, const T*, T*);            \
+  template void sum_rows(const T*, i64, i64, T*);                                         \
   template void launch_layer_grad(LayerGradJob<T>, T*, T*);                               \
   template void launch_grad_input(i64, i64, i64, i64, const T*, const GradInput<T>&, T*); \
   template void launch_weight_grad(WeightGradJob<T>, i64, i64, T*);                       \

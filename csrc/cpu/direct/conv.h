@@ -64,6 +64,10 @@ void norm_coefficients(i64 n, i64 count, const T* d_s_out, const T* s_out, const
 template <class T>
 void launch_layer_grad(LayerGradJob<T> job, T* d_bias, T* d_gamma);
 
+// Sums (rows, c) partials over rows in double, in order.
+template <class T>
+void sum_rows(const T* partial, i64 rows, i64 c, T* out);
+
 // dz (N, H, W, C) of a layer inside a network, for kernels that cannot read a GradInput.
 template <class T>
 void launch_grad_input(i64 n, i64 h, i64 w, i64 c, const T* z, const GradInput<T>& grad, T* dz);

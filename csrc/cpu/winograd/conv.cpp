@@ -32,7 +32,7 @@ struct Blocks {
 class Launch {
  public:
   explicit Launch(const ConvJob<float>& job)
-      : job_(job), strips_(job.h, job.w), depth_(winograd_depth(job)) {
+      : job_(job), strips_(job.h, job.w), depth_(winograd_depth(job.sources, job.source)) {
     total_ = job.n * strips_.per_image;
   }
 
@@ -125,12 +125,12 @@ class Launch {
 
 void run_winograd(const ConvJob<float>& job) { Launch(job).run(); }
 
-i64 winograd_depth(const ConvJob<float>& job) {
+i64 winograd_depth(int sources, const Source<float>* source) {
   const i64 lanes = kernels<float>().lanes;
   i64 before = 0, depth = 0;
-  for (int s = 0; s < job.sources; ++s) {
-    depth = before + divide_up(job.source[s].channels, lanes) * lanes;
-    before += job.source[s].channels;
+  for (int s = 0; s < sources; ++s) {
+    depth = before + divide_up(source[s].channels, lanes) * lanes;
+    before += source[s].channels;
   }
   return divide_up(depth, lanes) * lanes;
 }
@@ -141,6 +141,20 @@ void pack_winograd(const float* weight, i64 outputs, i64 channels, WeightStrides
   parallel(panels, 512 * channels, [&](i64 begin, i64 end) {
     winograd_kernels().pack(weight, outputs, channels, at, begin, end, packed);
   });
+}
+
+i64 winograd_packed_size(i64 outputs, i64 channels) {
+  const i64 lanes = kernels<float>().lanes;
+  return WINO_POINTS * divide_up(outputs, lanes) * lanes * channels;
+}
+
+void pack_winograd_transposed(const float* weight, i64 cout, i64 cin, int sources,
+                              Source<float>* source, float* packed) {
+  for (i64 s = 0, c0 = 0; s < sources; c0 += source[s++].channels) {
+    pack_winograd(weight, source[s].channels, cout, {9, cin * 9, -1, c0 * 9 + 8}, packed);
+    source[s].packed = packed;
+    packed += winograd_packed_size(source[s].channels, cout);
+  }
 }
 
 }  // namespace fastphi

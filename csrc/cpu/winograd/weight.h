@@ -1,26 +1,19 @@
 // winograd_weight: the gradient of the weights of a convolution by F(4x4, 3x3), a quarter of the
 // multiplications of the sum over pixels in direct/gradient.h.
 //
-//   d_W = G^T [ sum_t (A dz_t A^T) . (B^T d_t B) ] G
+//   d_W[2 - k] = G^T [ sum_t (A x_t A^T) . (B^T dz_t B) ] G
 //
-// over all tiles t: d is the layer's input (6x6 round a tile), dz the gradient of its output (4x4).
-// Three steps per part, some tiles: winograd_input writes B^T d B as [point][tile][c],
-// winograd_spread A dz A^T as [point][panel][tile][lanes]; winograd_weights multiplies the two by
-// the register tile of direct/micro.h, BLOCK input channels by a panel, over the part's tiles. The
-// products of a unit, some blocks by some panels, stay in the second-level cache while the operands
-// stream past them. At the end winograd_taps goes back to nine taps.
-// Per layer: 4.5*C*Cout*pixels FLOPs; both operands are written once (9/4 of r and of dz) and read
-// once per unit that wants them; 144*C*Cout bytes of products are written, and where there are
-// several parts read again.
+// over all tiles t: x is the layer's input (4x4, the tile itself), dz the gradient of its output
+// (6x6 round it). So the transform of dz is the one that the gradient of the input needs
+// (winograd/backward.cpp), and that of x reads each pixel once. winograd_spread writes A x A^T as
+// [point][tile][c]; winograd_weights multiplies the two by the register tile of direct/micro.h,
+// BLOCK input channels by a panel, over a part's tiles. At the end winograd_taps goes back to nine
+// taps. Per layer: 4.5*C*Cout*pixels FLOPs; 144*C*Cout bytes of products are written, and where
+// there are several parts read again.
 //
-// Measured, 8 images, 2 threads (multiply-adds alone at 474 GFLOP/s): 64->64 @64 3.2 ms (1.3),
-// 128->128 @32 3.7 (1.3), 256->256 @16 3.4 (1.3), 512->512 @8 3.5 (1.3); summed over pixels
-// directly they took 8.2, 6.8, 7.7 and 12.2. Error against float64, largest element over largest:
-// 9e-7 to 1.6e-6 (directly 2e-7).
-//
-// Sums: a part's tiles in registers, parts in float, slices (winograd/weight.cpp) in float, all in
+// Sums: a part's tiles in registers, parts in float, slices (winograd/backward.cpp) in float, all in
 // order and cut by the images' number and size alone. Included by isa/body.h inside an
-// anonymous namespace, after winograd/kernel.h.
+// anonymous namespace, after winograd/input.h.
 
 constexpr i64 WEIGHT_SLOT = WINO_POINTS * BLOCK * 2 * FLANES;  // products of a block and a panel
 
@@ -49,18 +42,15 @@ inline void winograd_gather_1d(const FVec* x, i64 step, FVec* out, i64 out_step)
   out[2 * out_step] = x[5 * step] + (WINO_P2 * sum_p + WINO_Q2 * sum_q);
 }
 
-// A vector of channels of scale * A dz A^T: out[point * pitch]. FULL: vh x vw is 4x4.
-template <bool FULL>
-inline void spread_vector(const float* dz, i64 line, i64 c, i64 vh, i64 vw, i64 lanes, FVec scale,
-                          float* out, i64 pitch) {
+// A vector of channels of A x A^T of a tile: out[point * pitch]. pixel(i) is x's i-th of 16.
+template <class Pixel>
+inline void spread_vector(const Pixel& pixel, float* out, i64 pitch) {
   FVec columns[24], rows[6];
 #pragma GCC unroll 4
   for (int x = 0; x < 4; ++x) {
-    FVec in[4] = {};
+    FVec in[4];
 #pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y)
-      if (FULL || (y < vh && x < vw))
-        in[y] = scale * load_lanes<FULL>(dz + y * line + x * c, lanes);
+    for (int y = 0; y < 4; ++y) in[y] = pixel(y * 4 + x);
     winograd_spread_1d(in, 1, columns + x, 4);
   }
 #pragma GCC unroll 6
@@ -71,31 +61,51 @@ inline void spread_vector(const float* dz, i64 line, i64 c, i64 vh, i64 vw, i64 
   }
 }
 
-// The tiles of strips [first, last) of dz to d; `at` tiles of the part come before them.
-void winograd_spread(const WinogradWeightJob& job, i64 first, i64 last, i64 at,
-                     const WeightPart& part) {
+// A (scale r) A^T of a tile of one source, its pixels beyond the border being zeros; up to a vector
+// beyond the last channel is overwritten.
+template <bool RAW>
+void spread_tile(const Source<float>& source, const float* first, i64 line, i64 vh, i64 vw,
+                 float scale, float* out, i64 pitch) {
+  const i64 c = source.channels;
+  const FVec factor = splat(scale);
+  const auto vectors = [&](auto full, auto whole, i64 at, i64 count) {
+    constexpr bool FULL = decltype(full)::VALUE, WHOLE = decltype(whole)::VALUE;
+    FVec g = factor;
+    if (RAW && source.gamma) g *= load_lanes<FULL>(source.gamma + at, count);
+    const auto pixel = [&](int i) {
+      if (!WHOLE && (i / 4 >= vh || i % 4 >= vw)) return FVec{};
+      const FVec r = g * load_lanes<FULL>(first + i / 4 * line + i % 4 * c + at, count);
+      return RAW ? relu(r) : r;
+    };
+    spread_vector(pixel, out + at, pitch);
+  };
+  const auto channels = [&](auto whole) {
+    i64 at = 0;
+    for (; at + FLANES <= c; at += FLANES) vectors(Constant<true>{}, whole, at, FLANES);
+    if (at < c) vectors(Constant<false>{}, whole, at, c - at);
+  };
+  if (vh * vw == 16)
+    channels(Constant<true>{});
+  else
+    channels(Constant<false>{});
+}
+
+// The tiles of strips [first, last) of the input to u[point * pitch + tile * depth + c].
+void winograd_spread(const WinogradWeightJob& job, i64 first, i64 last, float* u, i64 pitch,
+                     i64 depth) {
   const Strips strips(job.h, job.w);
-  const i64 line = job.w * job.cout;
   for (i64 strip = first; strip < last; ++strip) {
     const i64 n = strip / strips.per_image, y = strips.y(strip);
-    const FVec scale = splat(job.scale ? job.scale[n] : 1.0f);
     const i64 vh = min_of(WINO_TILE, job.h - y);
-    for (i64 tile = 0; tile < strips.tiles(strip); ++tile, ++at) {
+    for (i64 tile = 0; tile < strips.tiles(strip); ++tile, u += depth) {
       const i64 x = strips.x(strip) + WINO_TILE * tile, vw = min_of(WINO_TILE, job.w - x);
-      const float* const pixel = job.dz + ((n * job.h + y) * job.w + x) * job.cout;
-      for (i64 index = 0; index < job.panels; ++index) {
-        const Panel<float> panel(index, job.cout);
-        float* const to = part.d + panel.start * part.tiles + at * panel.lanes;
-        for (i64 j = 0; j < panel.nv; ++j) {
-          const i64 lanes = min_of(FLANES, panel.width - j * FLANES);
-          const float* const from = pixel + panel.start + j * FLANES;
-          if (vh * vw == 16 && lanes == FLANES)
-            spread_vector<true>(from, line, job.cout, vh, vw, lanes, scale, to + j * FLANES,
-                                part.d_pitch);
-          else
-            spread_vector<false>(from, line, job.cout, vh, vw, lanes, scale, to + j * FLANES,
-                                 part.d_pitch);
-        }
+      float* out = u;
+      for (int s = 0; s < job.sources; out += job.source[s++].channels) {
+        const Source<float>& source = job.source[s];
+        const i64 line = job.w * source.channels;
+        const float* const pixel = source.r + (n * job.h + y) * line + x * source.channels;
+        const auto spread = source.raw ? spread_tile<true> : spread_tile<false>;
+        spread(source, pixel, line, vh, vw, source.scale ? source.scale[n] : 1.0f, out, pitch);
       }
     }
   }
@@ -119,7 +129,7 @@ inline void winograd_weight_back(const WinogradWeightJob& job, const Panel<float
 #pragma GCC unroll 3
       for (int y = 0; y < 3; ++y) winograd_gather_1d(columns + y * 6, 1, out + y * 3, 1);
       for (int tap = 0; tap < 9; ++tap)
-        for (i64 lane = 0; lane < FLANES; ++lane) taps[lane][i * 9 + tap] = out[tap][lane];
+        for (i64 lane = 0; lane < FLANES; ++lane) taps[lane][i * 9 + 8 - tap] = out[tap][lane];
     }
     const i64 lanes = min_of(FLANES, panel.width - j * FLANES);
     for (i64 lane = 0; lane < lanes; ++lane)
@@ -147,12 +157,12 @@ inline void for_unit(const WinogradWeightJob& job, const WeightPart& part, i64 u
 void winograd_weights(const WinogradWeightJob& job, const WeightPart& part, i64 unit, float* m) {
   for (i64 point = 0; point < WINO_POINTS; ++point)
     for_unit(job, part, unit, [&](const Panel<float>& panel, i64 c0, i64 p, i64 at) {
-      const float* const v = part.v + point * part.v_pitch + c0;
-      const float* const d = part.d + point * part.d_pitch + panel.start * part.tiles;
+      const float* const u = part.u + point * part.u_pitch + c0;
+      const float* const v = part.v + point * part.v_pitch + panel.start;
       float* const to = m + at + point * p * panel.lanes;
       with_size<BLOCK>(p, panel.nv,
-                       PixelsCall<float>{v, part.depth, 0, d, panel.lanes, 0, 1, part.tiles, 1.0f,
-                                         to, part.add});
+                       PixelsCall<float>{u, part.u_depth, 0, v, part.v_depth, 0, 1, part.tiles,
+                                         1.0f, to, part.add});
     });
 }
 
