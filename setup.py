@@ -95,6 +95,7 @@ SOURCES = [
     "csrc/cpu/pack_weights.cpp",
     "csrc/cpu/spatial_mean.cpp",
     "csrc/cpu/unet_fwd.cpp",
+    "csrc/cpu/unet_train.cpp",
     "csrc/cpu/upsample.cpp",
     "csrc/cpu/bf16/launch.cpp",
     "csrc/cpu/bf16/match.cpp",

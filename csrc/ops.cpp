@@ -27,6 +27,14 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
   m.def("avg_pool_bwd(Tensor d_out) -> Tensor");
   m.def("spatial_mean_fwd(Tensor r) -> Tensor");
   m.def("spatial_mean_bwd(Tensor d_mean, int height, int width) -> Tensor");
+  // A whole network with gradients, parameters in torch's layout (fastphi/engine/cpu/training.py).
+  m.def(
+      "unet_train_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "
+      "float eps, Tensor[] parameters) -> (Tensor image, Tensor kept)");
+  m.def(
+      "unet_train_bwd(Tensor d_image, Tensor kept, int[] channels, int[] enc_layers, int mid_layers, "
+      "int[] dec_layers, Tensor[] parameters, bool need_image, bool need_parameters) -> (Tensor "
+      "d_x, Tensor gradients)");
   m.def(
       "noise_normal(int seed, Tensor sample, int stream, Tensor draw, int channels, int height, "
       "int width) "
@@ -114,6 +122,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("avg_pool_bwd", TORCH_BOX(&avg_pool_bwd));
   m.impl("spatial_mean_fwd", TORCH_BOX(&spatial_mean_fwd));
   m.impl("spatial_mean_bwd", TORCH_BOX(&spatial_mean_bwd));
+  m.impl("unet_train_fwd", TORCH_BOX(&unet_train_fwd));
+  m.impl("unet_train_bwd", TORCH_BOX(&unet_train_bwd));
   m.impl("pack_conv_weights", TORCH_BOX(&pack_conv_weights));
   m.impl("pack_upsample_weights", TORCH_BOX(&pack_upsample_weights));
   m.impl("in_large_pages", TORCH_BOX(&in_large_pages));

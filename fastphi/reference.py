@@ -55,6 +55,9 @@ def _widened(z: Tensor) -> Tensor:
 class ReferenceOps:
     """The ops of the seam (see `fastphi.engine.Ops`) on plain NCHW tensors, any dtype."""
 
+    def network(self, model: Network, x: Tensor) -> None:
+        return None
+
     def from_image(self, x: Tensor) -> Tensor:
         return x
 

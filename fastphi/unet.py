@@ -146,9 +146,11 @@ class UNet(nn.Module):
     def walk(self, ops: engine.Ops | None, x: Tensor) -> Tensor:
         """The denoised image of x (N, C, H, W): by an engine's ops, or (None) by calling the modules,
         with their hooks."""
-        for _, h in self._blocks(ops, x):  # noqa: B007 (the last one is the image)
-            pass
-        out = h if ops is None else ops.to_image(h)
+        out = None if ops is None else ops.network(self, x)
+        if out is None:
+            for _, h in self._blocks(ops, x):  # noqa: B007 (the last one is the image)
+                pass
+            out = h if ops is None else ops.to_image(h)
         out = x - out if self.config.residual else out
         wide = ops is not None and x.dtype == torch.bfloat16  # computed in float32 by some
         return out.to(x.dtype) if wide else out

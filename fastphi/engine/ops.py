@@ -26,7 +26,7 @@ from fastphi.engine import op_rules
 
 HOW = "build it with: pip install --no-build-isolation -e ."
 # what the runner calls beside the differentiable ops: the latest of it tells an old library
-RUNNER_OPS = ("weights_content", "in_large_pages")
+RUNNER_OPS = ("unet_train_bwd", "weights_content", "in_large_pages")
 
 
 def _load(name: str) -> str | None:

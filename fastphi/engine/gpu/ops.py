@@ -37,6 +37,9 @@ class Image(NamedTuple):
 class GPUOps:
     """The ops of the seam (`fastphi.engine.Ops`)."""
 
+    def network(self, model: Network, x: Tensor) -> None:
+        return None
+
     def from_image(self, x: Tensor) -> Image:
         return Image(x.float().permute(0, 2, 3, 1).contiguous(), ops.compute_dtype(x))
 

@@ -1,0 +1,103 @@
+"""A whole network with gradients in two calls, forward and back (csrc/cpu/unet_train.cpp)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastphi.engine import ops
+from fastphi.engine.network import Network
+
+if TYPE_CHECKING:
+    from fastphi.config import UNetConfig
+
+FEWEST = 16  # channels that Winograd's convolutions sum over
+
+
+def serves(config: UNetConfig, x: Tensor, parameters: list[Tensor]) -> bool:
+    """Whether the whole network can be served at once; where not, layer by layer."""
+    return (
+        not torch.compiler.is_compiling()  # which sees layers, and fuses what is between them
+        and all(t.dtype == torch.float32 for t in (x, *parameters))
+        and ops.compute_dtype(x) == torch.float32
+        and min(config.channels) >= FEWEST
+        and not config.upsample_bias
+    )
+
+
+def denoised(model: Network, x: Tensor) -> Tensor | None:
+    """The network's output (N, C, H, W), differentiable; None where it is not served at once."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if not serves(model.config, x, [*named.values()]):
+        return None
+    layers = [name.removesuffix(".weight") for name in named if name.endswith(".weight")]
+    three = [named.get(f"{at}.{kind}") for at in layers for kind in ("weight", "bias", "gamma")]
+    return _Whole.apply(model.config, x, *three)
+
+
+class _Whole(torch.autograd.Function):
+    """(config, x, parameters in network order: weight, bias, gamma of each convolution, or None)."""
+
+    @staticmethod
+    def forward(ctx: Any, config: UNetConfig, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        image, kept = torch.ops.fastphi.unet_train_fwd(
+            x, *_sizes(config), config.eps, _dense(x, parameters)
+        )
+        ctx.config = config
+        ctx.save_for_backward(x, kept, *parameters)
+        return image
+
+    @staticmethod
+    def backward(ctx: Any, d_image: Tensor) -> Any:
+        x, kept, *parameters = ctx.saved_tensors
+        need = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated itself
+            return None, *_plain_gradients(ctx.config, (x, *parameters), need, d_image)
+        d_x, flat = torch.ops.fastphi.unet_train_bwd(
+            d_image.contiguous(),
+            kept,
+            *_sizes(ctx.config),
+            _dense(x, parameters),
+            need[0],
+            any(need[1:]),
+        )
+        found: list[Tensor | None] = [d_x if need[0] else None]
+        at = 0
+        for p, needed in zip(parameters, need[1:], strict=True):
+            size = 0 if p is None else p.numel()
+            part = flat[at : at + size].view(p.shape) if p is not None and needed else None
+            found.append(part)
+            at += size
+        return None, *found
+
+
+def _sizes(config: UNetConfig) -> tuple[Any, ...]:
+    return config.channels, config.enc_layers, config.mid_layers, config.dec_layers
+
+
+def _dense(x: Tensor, parameters: Any) -> list[Tensor]:
+    none = x.new_empty(0)
+    return [none if p is None else p.detach().contiguous() for p in parameters]
+
+
+def _plain_gradients(
+    config: UNetConfig, inputs: tuple[Tensor | None, ...], need: tuple[bool, ...], d_image: Tensor
+) -> list[Tensor | None]:
+    """Of the network in plain PyTorch, with a graph of their own."""
+    from fastphi.unet import UNet
+
+    with torch.device("meta"):  # the network's output alone
+        plain = UNet(dataclasses.replace(config, residual=False), backend="reference")
+    # As views: one input may have been made of another, and that way is not this function's.
+    x, *parameters = (t if t is None else t.view_as(t) for t in inputs)
+    layers = [n.removesuffix(".weight") for n, _ in plain.named_parameters() if "weight" in n]
+    names = [f"{at}.{kind}" for at in layers for kind in ("weight", "bias", "gamma")]
+    named = {n: p for n, p in zip(names, parameters, strict=True) if p is not None}
+    out = torch.func.functional_call(plain, named, (x,))
+    wanted = [t for t, needed in zip((x, *parameters), need, strict=True) if needed]
+    found = iter(torch.autograd.grad(out, wanted, d_image, create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in need]
