@@ -51,7 +51,7 @@ class Backward {
 
  private:
   static constexpr i64 SLICE = 64;                // tiles of a slice, at least
-  static constexpr i64 ALONE = 32, SHARED = 128;  // tiles of a part, at most
+  static constexpr i64 ALONE = 64, SHARED = 128;  // tiles of a part, at most
 
   // --- the convolutions that make the gradients of the sources ---
 
