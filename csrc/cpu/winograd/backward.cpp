@@ -96,12 +96,13 @@ class Backward {
       grad_.bias = bias, grad_.gain = gain;
     }
     // Slices, each a thread's own from the first transform to the last product, where the products
-    // are few and the tiles many: what another core has just written is slow to read.
+    // are few and the tiles many: what another core has just written is slow to read. Few slices,
+    // since each one's products come from and go to memory once.
     constexpr i64 MEMORY = i64{1} << 24, MOST = 16;  // bytes of products, slices
-    const i64 most = std::min({MOST, MEMORY / (WINO_POINTS * 4 * weight_.cin * job_.cout),
-                               strips_.before(total_) / SLICE, total_});
-    if (most > 1)
-      apart(most);
+    const i64 slices = std::min({MOST, MEMORY / (WINO_POINTS * 4 * weight_.cin * job_.cout),
+                                 strips_.before(total_) / SLICE, total_});
+    if (slices > 1)
+      apart(slices);
     else
       together();
     if (job_.d_bias) sum_rows<float>(bias, total_, job_.cout, job_.d_bias);
@@ -144,14 +145,17 @@ class Backward {
     return last;
   }
 
-  // Strips [first + begin, first + end) of the part that starts with `first`.
+  // Strips [first + begin, first + end) of the part that starts with `first`: dz, and the input.
   void transform(const WeightPart& part, i64 first, i64 begin, i64 end) const {
     KeptBuffer<float, BORDER> border(2 * v_depth_ + 32);
-    const i64 at = tiles(first, first + begin);
-    winograd_kernels().input(input_, first + begin, first + end, part.v + at * v_depth_,
-                             part.v_pitch, v_depth_, border);
-    winograd_kernels().spread(weight_, first + begin, first + end, part.u + at * u_depth_,
-                              part.u_pitch, u_depth_);
+    winograd_kernels().input(input_, first + begin, first + end,
+                             part.v + tiles(first, first + begin) * v_depth_, part.v_pitch,
+                             v_depth_, border);
+  }
+  void spread(const WeightPart& part, i64 first, i64 begin, i64 end) const {
+    winograd_kernels().spread(weight_, first + begin, first + end,
+                              part.u + tiles(first, first + begin) * u_depth_, part.u_pitch,
+                              u_depth_);
   }
 
   // Where a panel's weights are many beside the cache, all panels share a pass over the points.
@@ -181,6 +185,7 @@ class Backward {
           if (job_.need_input)
             for (int s = 0; s < job_.sources; ++s)
               output(s, first, last, 0, output_[s].panels, group(s), part);
+          spread(part, first, 0, last - first);  // output has just read the same pixels
           for (i64 unit = 0; unit < count; ++unit)
             winograd_kernels().weights(weight_, part, unit,
                                        products + (slice * count + unit) * size_of_unit);
@@ -221,8 +226,10 @@ class Backward {
       last = part_end(first, total_, most);
       set_tiles(part, tiles(first, last));
       part.add = first > 0;
-      parallel(last - first, i64{1} << 20,
-               [&](i64 begin, i64 end) { transform(part, first, begin, end); });
+      parallel(last - first, i64{1} << 20, [&](i64 begin, i64 end) {
+        transform(part, first, begin, end);
+        spread(part, first, begin, end);
+      });
       std::atomic<i64> next = 0;
       parallel(std::min<i64>(before + count, threads), i64{1} << 20, [&](i64, i64) {
         KeptBuffer<float, SCRATCH> scratch(several ? 0 : size_of_unit);
