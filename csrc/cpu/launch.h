@@ -57,7 +57,7 @@ class Buffer {
     if (size <= size_) return;
     std::free(data_);
     const size_t wanted = static_cast<size_t>(size) * sizeof(T);
-    const size_t page = wanted < HUGE_PAGE / 4 ? 64 : HUGE_PAGE;  // what is large gets whole pages
+    const size_t page = wanted < HUGE_PAGE / 16 ? 64 : HUGE_PAGE;  // what is large gets whole pages
     const size_t bytes = (wanted + page - 1) / page * page;
     data_ = static_cast<T*>(std::aligned_alloc(page, bytes));
     size_ = data_ ? size : 0;
