@@ -29,13 +29,13 @@ std::tuple<Tensor, Tensor> unet_fwd(Tensor x, Shape channels, Shape enc_layers, 
 std::tuple<Tensor, Tensor> unet_fwd_bf16(Tensor x, Shape channels, Shape enc_layers,
                                          int64_t mid_layers, Shape dec_layers, double eps,
                                          std::vector<Tensor> packed, int64_t blocks);
-std::tuple<Tensor, Tensor> unet_train_fwd(Tensor x, Shape channels, Shape enc_layers,
-                                          int64_t mid_layers, Shape dec_layers, double eps,
-                                          std::vector<Tensor> parameters);
-std::tuple<Tensor, Tensor> unet_train_bwd(Tensor d_image, Tensor kept, Shape channels,
-                                          Shape enc_layers, int64_t mid_layers, Shape dec_layers,
-                                          std::vector<Tensor> parameters, bool need_image,
-                                          bool need_parameters);
+int64_t unet_train_size(Shape shape, Shape channels, Shape enc_layers, int64_t mid_layers,
+                        Shape dec_layers);
+Tensor unet_train_fwd(Tensor x, Shape channels, Shape enc_layers, int64_t mid_layers,
+                      Shape dec_layers, double eps, std::vector<Tensor> parameters, Tensor kept);
+Tensor unet_train_bwd(Tensor d_image, Tensor kept, Shape channels, Shape enc_layers,
+                      int64_t mid_layers, Shape dec_layers, std::vector<Tensor> parameters,
+                      bool need_image, Tensor gradients);
 int64_t match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates, Tensor active,
                     Tensor target, Tensor weight, Shape channels, Shape enc_layers,
                     int64_t mid_layers, double eps, std::vector<Tensor> packed,

@@ -29,12 +29,14 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
   m.def("spatial_mean_bwd(Tensor d_mean, int height, int width) -> Tensor");
   // A whole network with gradients, parameters in torch's layout (fastphi/engine/cpu/training.py).
   m.def(
+      "unet_train_size(int[] shape, int[] channels, int[] enc_layers, int mid_layers, int[] "
+      "dec_layers) -> int");
+  m.def(
       "unet_train_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "
-      "float eps, Tensor[] parameters) -> (Tensor image, Tensor kept)");
+      "float eps, Tensor[] parameters, Tensor(a!) kept) -> Tensor");
   m.def(
       "unet_train_bwd(Tensor d_image, Tensor kept, int[] channels, int[] enc_layers, int mid_layers, "
-      "int[] dec_layers, Tensor[] parameters, bool need_image, bool need_parameters) -> (Tensor "
-      "d_x, Tensor gradients)");
+      "int[] dec_layers, Tensor[] parameters, bool need_image, Tensor(a!) gradients) -> Tensor");
   m.def(
       "noise_normal(int seed, Tensor sample, int stream, Tensor draw, int channels, int height, "
       "int width) "
@@ -147,4 +149,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastphi, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&fastphi::build_info));
+  m.impl("unet_train_size", TORCH_BOX(&fastphi::unet_train_size));
 }

@@ -1,6 +1,6 @@
 // A whole network for training, float32: forward to the image, keeping what the way back needs, and
 // the way back, to the gradients of all parameters and of the image. Between them lies one tensor,
-// `kept`: of each layer z (r is made of it where it is read), its mean, std and s, its pool; r only
+// `kept`: the image, and of each layer z (r is made of it where it is read), its mean, std and s, its pool; r only
 // where a kernel cannot make it. Per 3x64x64 image of the default network 8.2 GFLOP forward, 16.5
 // back (a quarter of it multiplied: Winograd), 15.9 MB kept. The steps of the way back are derived in
 // csrc/README.md. Error against float64, as the layers' (winograd/kernel.h, winograd/weight.h).
@@ -309,25 +309,31 @@ void check_parameters(const Tensor& x, const Plan& plan, const std::vector<Tenso
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> unet_train_fwd(Tensor x, Shape channels, Shape enc_layers,
-                                          int64_t mid_layers, Shape dec_layers, double eps,
-                                          std::vector<Tensor> parameters) {
+int64_t unet_train_size(Shape shape, Shape channels, Shape enc_layers, int64_t mid_layers,
+                        Shape dec_layers) {
+  STD_TORCH_CHECK(shape.size() == 4, "shape: expected (N, C, H, W), got ", text(shape));
+  STD_TORCH_CHECK(channels.size() == enc_layers.size() + 1 && dec_layers.size() == enc_layers.size(),
+                  "channels, dec_layers: expected one more than enc_layers, and as many");
+  return Nodes({shape[1], channels, enc_layers, mid_layers, dec_layers}, shape[0], shape[2], shape[3])
+      .size;
+}
+
+Tensor unet_train_fwd(Tensor x, Shape channels, Shape enc_layers, int64_t mid_layers,
+                      Shape dec_layers, double eps, std::vector<Tensor> parameters, Tensor kept) {
   const Plan plan{x.dim() > 1 ? x.sizes()[1] : 0, channels, enc_layers, mid_layers, dec_layers};
   check_parameters(x, plan, parameters);
   const i64 n = x.sizes()[0], h = x.sizes()[2], w = x.sizes()[3];
-  const i64 size = Nodes(plan, n, h, w).size;
-  Tensor image = new_tensor(x, shape_of(x)), kept = new_tensor(x, {size});
-  float* const memory = mutable_data<float>(kept);
-  prefer_huge_pages(memory, size * sizeof(float));
-  Forward(plan, convs_of<float>(parameters), n, h, w, memory)
+  check_shape(kept, "kept", {Nodes(plan, n, h, w).size}, &x);
+  Tensor image = new_tensor(x, shape_of(x));
+  const auto convs = convs_of<float>(parameters);
+  Forward(plan, convs, n, h, w, mutable_data<float>(kept))
       .run(data<float>(x), plan.image_channels, static_cast<float>(eps), mutable_data<float>(image));
-  return {image, kept};
+  return image;
 }
 
-std::tuple<Tensor, Tensor> unet_train_bwd(Tensor d_image, Tensor kept, Shape channels,
-                                          Shape enc_layers, int64_t mid_layers, Shape dec_layers,
-                                          std::vector<Tensor> parameters, bool need_image,
-                                          bool need_parameters) {
+Tensor unet_train_bwd(Tensor d_image, Tensor kept, Shape channels, Shape enc_layers,
+                      int64_t mid_layers, Shape dec_layers, std::vector<Tensor> parameters,
+                      bool need_image, Tensor gradients) {
   const Plan plan{d_image.dim() > 1 ? d_image.sizes()[1] : 0, channels, enc_layers, mid_layers,
                   dec_layers};
   check_parameters(d_image, plan, parameters);
@@ -335,17 +341,18 @@ std::tuple<Tensor, Tensor> unet_train_bwd(Tensor d_image, Tensor kept, Shape cha
   check_shape(kept, "kept", {Nodes(plan, n, h, w).size}, &d_image);
   i64 numbers = 0;
   for (const Tensor& p : parameters) numbers += p.numel();
+  const bool wanted = gradients.numel() > 0;
+  check_shape(gradients, "gradients", {wanted ? numbers : 0}, &d_image);
   Tensor d_x = new_tensor(d_image, need_image ? shape_of(d_image) : Shape{0});
-  Tensor gradients = new_tensor(d_image, {need_parameters ? numbers : 0});
-  prefer_huge_pages(mutable_data<float>(gradients), gradients.numel() * sizeof(float));
   thread_local BackwardSpace space;
+  const auto convs = convs_of<float>(parameters);
   // nothing is written to what is kept
-  Backward(plan, convs_of<float>(parameters), n, h, w, const_cast<float*>(data<float>(kept)))
+  Backward(plan, convs, n, h, w, const_cast<float*>(data<float>(kept)))
       .run(data<float>(d_image), plan.image_channels,
            need_image ? mutable_data<float>(d_x) : nullptr,
-           need_parameters ? mutable_data<float>(gradients) : nullptr, space);
+           wanted ? mutable_data<float>(gradients) : nullptr, space);
   if (space.size() > MOST_KEPT) space = BackwardSpace{};
-  return {d_x, gradients};
+  return d_x;
 }
 
 }  // namespace fastphi

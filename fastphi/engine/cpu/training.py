@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,35 +37,58 @@ def denoised(model: Network, x: Tensor) -> Tensor | None:
         return None
     layers = [name.removesuffix(".weight") for name in named if name.endswith(".weight")]
     three = [named.get(f"{at}.{kind}") for at in layers for kind in ("weight", "bias", "gamma")]
-    return _Whole.apply(model.config, x, *three)
+    memory = _memories.setdefault(model, Memory())
+    return _Whole.apply(model.config, memory, x, *three)
+
+
+class Memory:
+    """What a step needs of it comes back when the last tensor in it is gone, and serves the next step:
+    the system clears fresh pages, which took a fifteenth of a step."""
+
+    def __init__(self) -> None:
+        self._free: dict[str, np.ndarray] = {}
+
+    def take(self, kind: str, size: int) -> Tensor:
+        """(size,) float32, its values undefined."""
+        base = self._free.pop(kind, None)
+        if base is None or not size <= len(base) - _LINE <= 2 * size:
+            base = np.empty(size + _LINE, np.float32)
+        first = -base.ctypes.data // base.itemsize % _LINE
+        part = base[first : first + size]
+        weakref.finalize(part, self._free.__setitem__, kind, base).atexit = False
+        return torch.from_numpy(part)  # which holds `part`
+
+
+_LINE = 16  # numbers of a line of the cache
+_memories: weakref.WeakKeyDictionary[Network, Memory] = weakref.WeakKeyDictionary()
 
 
 class _Whole(torch.autograd.Function):
-    """(config, x, parameters in network order: weight, bias, gamma of each convolution, or None)."""
+    """(config, memory, x, parameters in network order: weight, bias, gamma of each convolution, or None)."""
 
     @staticmethod
-    def forward(ctx: Any, config: UNetConfig, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        x = x.contiguous()
-        image, kept = torch.ops.fastphi.unet_train_fwd(
-            x, *_sizes(config), config.eps, _dense(x, parameters)
+    def forward(
+        ctx: Any, config: UNetConfig, memory: Memory, x: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
+        x, sizes = x.contiguous(), _sizes(config)
+        kept = memory.take("kept", torch.ops.fastphi.unet_train_size(x.shape, *sizes))
+        image = torch.ops.fastphi.unet_train_fwd(
+            x, *sizes, config.eps, _dense(x, parameters), kept
         )
-        ctx.config = config
+        ctx.config, ctx.memory = config, memory
         ctx.save_for_backward(x, kept, *parameters)
         return image
 
     @staticmethod
     def backward(ctx: Any, d_image: Tensor) -> Any:
         x, kept, *parameters = ctx.saved_tensors
-        need = ctx.needs_input_grad[1:]
+        need = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated itself
-            return None, *_plain_gradients(ctx.config, (x, *parameters), need, d_image)
-        d_x, flat = torch.ops.fastphi.unet_train_bwd(
-            d_image.contiguous(),
-            kept,
-            *_sizes(ctx.config),
-            _dense(x, parameters),
-            need[0],
-            any(need[1:]),
+            return None, None, *_plain_gradients(ctx.config, (x, *parameters), need, d_image)
+        dense = _dense(x, parameters)
+        flat = ctx.memory.take("gradients", sum(map(Tensor.numel, dense)) if any(need[1:]) else 0)
+        d_x = torch.ops.fastphi.unet_train_bwd(
+            d_image.contiguous(), kept, *_sizes(ctx.config), dense, need[0], flat
         )
         found: list[Tensor | None] = [d_x if need[0] else None]
         at = 0
@@ -72,7 +97,7 @@ class _Whole(torch.autograd.Function):
             part = flat[at : at + size].view(p.shape) if p is not None and needed else None
             found.append(part)
             at += size
-        return None, *found
+        return None, None, *found
 
 
 def _sizes(config: UNetConfig) -> tuple[Any, ...]:
