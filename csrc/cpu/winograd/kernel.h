@@ -74,43 +74,36 @@ inline void store_lanes(float* p, FVec v, i64 count) {
 #endif
 }
 
-using DVec = Vec<double>::type;
-constexpr i64 DLANES = Vec<double>::LANES;
-typedef float HalfVec __attribute__((vector_size(FASTPHI_VECTOR_BYTES / 2), aligned(4), may_alias));
-
 // G g, with each row divided by the product of its point's distances to the others
-inline void winograd_weight_1d(const DVec* g, i64 step, DVec* out, i64 out_step) {
+inline void winograd_weight_1d(const FVec* g, i64 step, FVec* out, i64 out_step) {
   constexpr double P = WINO_P, Q = WINO_Q, P2 = P * P, Q2 = Q * Q;
   constexpr double OF_P = 1 / (2 * P2 * (P2 - Q2)), OF_Q = 1 / (2 * Q2 * (Q2 - P2));
-  const DVec even_p = OF_P * g[0] + (OF_P * P2) * g[2 * step], odd_p = (OF_P * P) * g[step];
-  const DVec even_q = OF_Q * g[0] + (OF_Q * Q2) * g[2 * step], odd_q = (OF_Q * Q) * g[step];
-  out[0] = g[0] * (1 / (P2 * Q2));
-  out[out_step] = even_p + odd_p;
-  out[2 * out_step] = even_p - odd_p;
-  out[3 * out_step] = even_q + odd_q;
-  out[4 * out_step] = even_q - odd_q;
+  const FVec even_p = float(OF_P) * g[0] + float(OF_P * P2) * g[2 * step];
+  const FVec even_q = float(OF_Q) * g[0] + float(OF_Q * Q2) * g[2 * step];
+  out[0] = float(1 / (P2 * Q2)) * g[0];
+  out[out_step] = even_p + float(OF_P * P) * g[step];
+  out[2 * out_step] = even_p - float(OF_P * P) * g[step];
+  out[3 * out_step] = even_q + float(OF_Q * Q) * g[step];
+  out[4 * out_step] = even_q - float(OF_Q * Q) * g[step];
   out[5 * out_step] = g[2 * step];
 }
 
-// Some outputs of G g G^T: taps[tap * pitch], out[point * out_pitch].
+// A vector of outputs of G g G^T: taps[tap * pitch], out[point * out_pitch].
 inline void winograd_weight(const float* taps, i64 pitch, float* out, i64 out_pitch) {
-  DVec g[9], half[18], row[6];
+  FVec g[9], half[18], row[6];
 #pragma GCC unroll 9
-  for (int tap = 0; tap < 9; ++tap)
-    g[tap] = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(taps + tap * pitch), DVec);
+  for (int tap = 0; tap < 9; ++tap) g[tap] = load(taps + tap * pitch);
 #pragma GCC unroll 3
   for (int x = 0; x < 3; ++x) winograd_weight_1d(g + x, 3, half + x, 3);
 #pragma GCC unroll 6
   for (int y = 0; y < 6; ++y) {
     winograd_weight_1d(half + 3 * y, 1, row, 1);
 #pragma GCC unroll 6
-    for (int x = 0; x < 6; ++x)
-      *reinterpret_cast<HalfVec*>(out + (y * 6 + x) * out_pitch) =
-          __builtin_convertvector(row[x], HalfVec);
+    for (int x = 0; x < 6; ++x) store(out + (y * 6 + x) * out_pitch, row[x]);
   }
 }
 
-// Panels [begin, end) of G g G^T: packed[panel][point][channel][lanes], computed in double. Some
+// Panels [begin, end) of G g G^T: packed[panel][point][channel][lanes]. Some
 // channels at a time: those of an output are neighbours, in a line of the cache or in the next; and
 // what goes to a point is written in one run, since the points lie far apart.
 void winograd_pack(const float* weight, i64 outputs, i64 channels, const WeightStrides& at,
@@ -128,7 +121,7 @@ void winograd_pack(const float* weight, i64 outputs, i64 channels, const WeightS
           for (i64 tap = 0; tap < 9; ++tap) taps[c][tap][o] = from[c * at.channel + tap * at.tap];
       }
       for (i64 c = 0; c < count; ++c)
-        for (i64 o = 0; o < panel.lanes; o += DLANES)
+        for (i64 o = 0; o < panel.lanes; o += FLANES)
           winograd_weight(&taps[c][0][o], STEP, &made[0][c * panel.lanes + o], TOGETHER * STEP);
       float* const to = packed + panel.start * WINO_POINTS * channels + c0 * panel.lanes;
       for (i64 point = 0; point < WINO_POINTS; ++point)
