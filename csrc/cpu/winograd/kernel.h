@@ -103,23 +103,75 @@ inline void winograd_weight(const float* taps, i64 pitch, float* out, i64 out_pi
   }
 }
 
-// Panels [begin, end) of G g G^T: packed[panel][point][channel][lanes]. Some
-// channels at a time: those of an output are neighbours, in a line of the cache or in the next; and
+// a and b in turn, lane by lane: of the first halves, of the second halves.
+inline void zip(FVec a, FVec b, FVec* out) {
+#if defined(__clang__)
+  for (i64 i = 0; i < FLANES; ++i) {
+    out[i / (FLANES / 2)][2 * i % FLANES] = a[i];
+    out[i / (FLANES / 2)][2 * i % FLANES + 1] = b[i];
+  }
+#else
+  typedef int Lanes __attribute__((vector_size(FASTPHI_VECTOR_BYTES)));
+  Lanes first{}, second{};
+#pragma GCC unroll 16
+  for (int i = 0; i < FLANES; ++i) {
+    first[i] = i / 2 + i % 2 * FLANES;
+    second[i] = first[i] + FLANES / 2;
+  }
+  out[0] = __builtin_shuffle(a, b, first), out[1] = __builtin_shuffle(a, b, second);
+#endif
+}
+
+// `rows` rows of `columns` numbers, at most a vector of either, to columns: out[column * pitch].
+inline void transpose(const float* from, i64 row_pitch, i64 rows, i64 columns, float* out,
+                      i64 pitch) {
+  FVec a[FLANES], b[FLANES];
+  if (rows == FLANES && columns == FLANES)
+    for (i64 i = 0; i < FLANES; ++i) a[i] = load(from + i * row_pitch);
+  else
+    for (i64 i = 0; i < FLANES; ++i)
+      a[i] = i < rows ? load_lanes<false>(from + i * row_pitch, columns) : FVec{};
+#pragma GCC unroll 4
+  for (i64 step = 1; step < FLANES; step *= 2) {
+#pragma GCC unroll 8
+    for (i64 i = 0; i < FLANES / 2; ++i) zip(a[i], a[i + FLANES / 2], b + 2 * i);
+#pragma GCC unroll 16
+    for (i64 i = 0; i < FLANES; ++i) a[i] = b[i];
+  }
+  for (i64 i = 0; i < columns; ++i) store(out + i * pitch, a[i]);
+}
+
+// The taps of some outputs and channels, taps[channel][tap][output], zeros where there are no
+// outputs. Either lie the taps of an output's channels in one run, or those of a channel's outputs,
+// backwards.
+inline void gather_taps(const float* from, const WeightStrides& at, i64 outputs, i64 lanes,
+                        i64 channels, float (*taps)[9][2 * FLANES]) {
+  for (i64 o = 0; o < lanes; o += FLANES) {
+    const i64 rows = max_of(0, min_of(FLANES, outputs - o));
+    if (at.tap == 1)
+      for (i64 i = 0; i < 9 * channels; i += FLANES)
+        transpose(from + o * at.output + i, at.output, rows, min_of(FLANES, 9 * channels - i),
+                  &taps[0][0][o] + i * 2 * FLANES, 2 * FLANES);
+    else
+      for (i64 c = 0; c < channels; ++c)
+        for (i64 i = 0; i < 9; i += FLANES)
+          transpose(from + o * at.output + c * at.channel - 8 + i, at.output, rows,
+                    min_of(FLANES, 9 - i), &taps[c][8 - i][o], -2 * FLANES);
+  }
+}
+
+// Panels [begin, end) of G g G^T: packed[panel][point][channel][lanes]. Some channels at a time:
 // what goes to a point is written in one run, since the points lie far apart.
 void winograd_pack(const float* weight, i64 outputs, i64 channels, const WeightStrides& at,
                    i64 begin, i64 end, float* packed) {
   constexpr i64 STEP = 2 * FLANES, TOGETHER = 8;
-  float taps[TOGETHER][9][STEP] = {}, made[WINO_POINTS][TOGETHER * STEP];
+  float taps[TOGETHER][9][STEP], made[WINO_POINTS][TOGETHER * STEP];
   for (i64 index = begin; index < end; ++index) {
     const Panel<float> panel(index, outputs);
-    if (panel.width < STEP) std::memset(taps, 0, sizeof taps);
     for (i64 c0 = 0; c0 < channels; c0 += TOGETHER) {
       const i64 count = min_of(TOGETHER, channels - c0);
-      for (i64 o = 0; o < panel.width; ++o) {
-        const float* from = weight + at.first + (panel.start + o) * at.output + c0 * at.channel;
-        for (i64 c = 0; c < count; ++c)
-          for (i64 tap = 0; tap < 9; ++tap) taps[c][tap][o] = from[c * at.channel + tap * at.tap];
-      }
+      const float* from = weight + at.first + panel.start * at.output + c0 * at.channel;
+      gather_taps(from, at, panel.width, panel.lanes, count, taps);
       for (i64 c = 0; c < count; ++c)
         for (i64 o = 0; o < panel.lanes; o += FLANES)
           winograd_weight(&taps[c][0][o], STEP, &made[0][c * panel.lanes + o], TOGETHER * STEP);
