@@ -123,7 +123,7 @@ def test_training_step(images: int, in_turn) -> None:
     noisy = clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(3))
 
     def step(model: UNet, network: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        adam = torch.optim.Adam(model.parameters(), lr=1e-4)
+        adam = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
         def run() -> None:
             adam.zero_grad(set_to_none=True)

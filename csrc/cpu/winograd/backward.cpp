@@ -34,9 +34,13 @@ class Backward {
     }
     blocks_ = divide_up(weight_.cin, k.max_block);
     total_ = job.n * strips_.per_image;
-    // One vector more: the tiles of a point must not fall into a few sets of the cache.
-    u_depth_ = winograd_depth(job.sources, job.source) + k.lanes;
-    v_depth_ = winograd_depth(1, input_.source) + k.lanes;
+    u_depth_ = apart_in_cache(winograd_depth(job.sources, job.source));
+    v_depth_ = apart_in_cache(winograd_depth(1, input_.source));
+  }
+
+  // A vector more where the tiles of a point would fall into a few sets of the cache.
+  static i64 apart_in_cache(i64 depth) {
+    return depth % 256 ? depth : depth + kernels<float>().lanes;
   }
 
   void run() {
@@ -51,7 +55,7 @@ class Backward {
 
  private:
   static constexpr i64 SLICE = 64;                // tiles of a slice, at least
-  static constexpr i64 ALONE = 64, SHARED = 128;  // tiles of a part, at most
+  static constexpr i64 ALONE = 32, SHARED = 128;  // tiles of a part, at most
 
   // --- the convolutions that make the gradients of the sources ---
 
