@@ -195,7 +195,7 @@ struct WinogradKernels {
   void (*spread)(const WinogradWeightJob&, i64 first, i64 last, float* u, i64 pitch, i64 depth);
   void (*weights)(const WinogradWeightJob&, const WeightPart&, i64 unit, float* m);
   void (*taps)(const WinogradWeightJob&, const WeightPart&, i64 unit, float* m, i64 slices,
-               i64 pitch);
+               i64 size);
 };
 
 // Elements of the scratch that conv and upsample want: a unit's products and the widest edge patch.

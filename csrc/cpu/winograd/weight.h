@@ -15,7 +15,7 @@
 // order and cut by the images' number and size alone. Included by isa/body.h inside an
 // anonymous namespace, after winograd/input.h.
 
-constexpr i64 WEIGHT_SLOT = WINO_POINTS * BLOCK * 2 * FLANES;  // products of a block and a panel
+constexpr i64 WEIGHT_SLOT = BLOCK * 2 * FLANES;  // products of a point, block and panel
 
 // A x, the transpose of winograd_output_1d
 inline void winograd_spread_1d(const FVec* x, i64 step, FVec* out, i64 out_step) {
@@ -111,9 +111,9 @@ void winograd_spread(const WinogradWeightJob& job, i64 first, i64 last, float* u
   }
 }
 
-// G^T m G of a block of channels [c0, c0 + p) and a panel, into torch's layout.
+// G^T m G of a block of channels [c0, c0 + p) and a panel, into torch's layout. m: [point * pitch]
 inline void winograd_weight_back(const WinogradWeightJob& job, const Panel<float>& panel, i64 c0,
-                                 i64 p, const float* m) {
+                                 i64 p, const float* m, i64 pitch) {
   float taps[FLANES][BLOCK * 9];
   for (i64 j = 0; j < panel.nv; ++j) {
     for (i64 i = 0; i < p; ++i) {
@@ -123,7 +123,7 @@ inline void winograd_weight_back(const WinogradWeightJob& job, const Panel<float
         FVec in[6];
 #pragma GCC unroll 6
         for (int y = 0; y < 6; ++y)
-          in[y] = load(m + ((y * 6 + x) * p + i) * panel.lanes + j * FLANES);
+          in[y] = load(m + (y * 6 + x) * pitch + i * panel.lanes + j * FLANES);
         winograd_gather_1d(in, 1, columns + x, 6);
       }
 #pragma GCC unroll 3
@@ -138,7 +138,7 @@ inline void winograd_weight_back(const WinogradWeightJob& job, const Panel<float
   }
 }
 
-// The blocks of channels and the panels of a unit, and where in its m their products lie.
+// The blocks of channels and the panels of a unit, and where in a point's products theirs lie.
 template <class F>
 inline void for_unit(const WinogradWeightJob& job, const WeightPart& part, i64 unit, const F& f) {
   const Split split(job.cin);
@@ -153,28 +153,32 @@ inline void for_unit(const WinogradWeightJob& job, const WeightPart& part, i64 u
         split.start(block + 1) - split.start(block), at);
 }
 
-// The products of a unit, m[point][channel][lanes] for each of its blocks and panels.
+// The products of a unit, m[point][panel][block][channel][lanes], in the order in which they are
+// made: one stream, which the processor prefetches.
 void winograd_weights(const WinogradWeightJob& job, const WeightPart& part, i64 unit, float* m) {
+  const i64 pitch = part.blocks * part.panels * WEIGHT_SLOT;
   for (i64 point = 0; point < WINO_POINTS; ++point)
     for_unit(job, part, unit, [&](const Panel<float>& panel, i64 c0, i64 p, i64 at) {
       const float* const u = part.u + point * part.u_pitch + c0;
       const float* const v = part.v + point * part.v_pitch + panel.start;
-      float* const to = m + at + point * p * panel.lanes;
       with_size<BLOCK>(p, panel.nv,
                        PixelsCall<float>{u, part.u_depth, 0, v, part.v_depth, 0, 1, part.tiles,
-                                         1.0f, to, part.add});
+                                         1.0f, m + point * pitch + at, part.add});
     });
 }
 
-// The taps of a unit: its products in the slices, `pitch` apart, are added up in m, in order.
+// The taps of a unit: its products in the slices, `size` apart, are added up in m, in order.
 void winograd_taps(const WinogradWeightJob& job, const WeightPart& part, i64 unit, float* m,
-                   i64 slices, i64 pitch) {
+                   i64 slices, i64 size) {
+  const i64 pitch = part.blocks * part.panels * WEIGHT_SLOT;
   for_unit(job, part, unit, [&](const Panel<float>& panel, i64 c0, i64 p, i64 at) {
-    for (i64 i = 0; i < WINO_POINTS * p * panel.lanes; i += FLANES) {
-      FVec sum = load(m + at + i);
-      for (i64 slice = 1; slice < slices; ++slice) sum += load(m + at + i + slice * pitch);
-      store(m + at + i, sum);
-    }
-    winograd_weight_back(job, panel, c0, p, m + at);
+    for (i64 point = 0; slices > 1 && point < WINO_POINTS; ++point)
+      for (i64 i = 0; i < p * panel.lanes; i += FLANES) {
+        float* const to = m + point * pitch + at + i;
+        FVec sum = load(to);
+        for (i64 slice = 1; slice < slices; ++slice) sum += load(to + slice * size);
+        store(to, sum);
+      }
+    winograd_weight_back(job, panel, c0, p, m + at, pitch);
   });
 }
