@@ -89,10 +89,12 @@ void tile_pixels(const T* __restrict a, i64 stride_a, i64 row_stride_a, const T*
                  bool add) {
   constexpr i64 V = Vec<T>::LANES;
   typename Vec<T>::type acc[P][NV] = {};
+  const T* ahead = out + FASTPHI_BLOCK * NV * V;  // where the next tile's sums lie, mostly
   for (i64 row = 0; row < rows; ++row) {
     const T* ap = a + row * row_stride_a;
     const T* dp = d + row * row_stride_d;
     for (i64 x = 0; x < len; ++x, ap += stride_a, dp += stride_d) {
+      __builtin_prefetch(ahead, 1), ahead += V;
       typename Vec<T>::type dv[NV];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) dv[j] = load(dp + j * V);
