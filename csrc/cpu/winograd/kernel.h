@@ -172,10 +172,15 @@ void winograd_pack(const float* weight, i64 outputs, i64 channels, const WeightS
       const i64 count = min_of(TOGETHER, channels - c0);
       const float* from = weight + at.first + panel.start * at.output + c0 * at.channel;
       gather_taps(from, at, panel.width, panel.lanes, count, taps);
-      for (i64 c = 0; c < count; ++c)
-        for (i64 o = 0; o < panel.lanes; o += FLANES)
-          winograd_weight(&taps[c][0][o], STEP, &made[0][c * panel.lanes + o], TOGETHER * STEP);
       float* const to = packed + panel.start * WINO_POINTS * channels + c0 * panel.lanes;
+      for (i64 c = 0; c < count; ++c)
+        for (i64 o = 0; o < panel.lanes; o += FLANES) {
+          const i64 here = c * panel.lanes + o;
+          winograd_weight(&taps[c][0][o], STEP, &made[0][here], TOGETHER * STEP);
+          // what the next channels will be written to, on its way meanwhile
+          for (i64 point = 0; point < WINO_POINTS; ++point)
+            __builtin_prefetch(to + (point * channels + count) * panel.lanes + here, 1);
+        }
       for (i64 point = 0; point < WINO_POINTS; ++point)
         std::memcpy(to + point * channels * panel.lanes, made[point],
                     count * panel.lanes * sizeof(float));
