@@ -32,10 +32,12 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
       "unet_train_size(int[] shape, int[] channels, int[] enc_layers, int mid_layers, int[] "
       "dec_layers) -> int");
   m.def(
-      "unet_train_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "
+      "unet_train_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] "
+      "dec_layers, "
       "float eps, Tensor[] parameters, Tensor(a!) kept) -> Tensor");
   m.def(
-      "unet_train_bwd(Tensor d_image, Tensor kept, int[] channels, int[] enc_layers, int mid_layers, "
+      "unet_train_bwd(Tensor d_image, Tensor kept, int[] channels, int[] enc_layers, int "
+      "mid_layers, "
       "int[] dec_layers, Tensor[] parameters, bool need_image, Tensor(a!) gradients) -> Tensor");
   m.def(
       "noise_normal(int seed, Tensor sample, int stream, Tensor draw, int channels, int height, "

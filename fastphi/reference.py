@@ -55,7 +55,7 @@ def _widened(z: Tensor) -> Tensor:
 class ReferenceOps:
     """The ops of the seam (see `fastphi.engine.Ops`) on plain NCHW tensors, any dtype."""
 
-    def network(self, model: Network, x: Tensor) -> None:
+    def network(self, model: object, x: Tensor) -> None:
         return None
 
     def from_image(self, x: Tensor) -> Tensor:

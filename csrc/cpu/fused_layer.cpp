@@ -123,9 +123,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_layer_b
         job.source[0] = {data<T>(r), data<T>(s), nullptr, k.c1};
         if (r2) job.source[1] = {data<T>(*r2), data<T>(*s2), nullptr, k.c2};
         job.need_input = need_input, job.need_weight = need_weight, job.input_scaled = true;
-        KeptBuffer<T, PACKED> packed(
-            need_input ? winograd_packed_size(k.c1, k.cout) + winograd_packed_size(k.c2, k.cout)
-                       : 0);
+        KeptBuffer<T, PACKED> packed(need_input ? winograd_packed_size(k.c1, k.cout) +
+                                                      winograd_packed_size(k.c2, k.cout)
+                                                : 0);
         if (need_input) {
           pack_winograd_transposed(data<T>(weight), k.cout, cin, job.sources, job.source, packed);
           job.d_r[0] = mutable_data<T>(d_r), job.d_s[0] = mutable_data<T>(d_s);

@@ -1,9 +1,10 @@
 // A whole network for training, float32: forward to the image, keeping what the way back needs, and
 // the way back, to the gradients of all parameters and of the image. Between them lies one tensor,
-// `kept`: the image, and of each layer z (r is made of it where it is read), its mean, std and s, its pool; r only
-// where a kernel cannot make it. Per 3x64x64 image of the default network 8.2 GFLOP forward, 16.5
-// back (a quarter of it multiplied: Winograd), 15.9 MB kept. The steps of the way back are derived in
-// csrc/README.md. Error against float64, as the layers' (winograd/kernel.h, winograd/weight.h).
+// `kept`: the image, and of each layer z (r is made of it where it is read), its mean, std and s,
+// its pool; r only where a kernel cannot make it. Per 3x64x64 image of the default network 8.2
+// GFLOP forward, 16.5 back (a quarter of it multiplied: Winograd), 15.9 MB kept. The steps of the
+// way back are derived in csrc/README.md. Error against float64, as the layers' (winograd/kernel.h,
+// winograd/weight.h).
 #include "../operators.h"
 #include "network.h"
 #include "winograd/conv.h"
@@ -19,10 +20,10 @@ enum Slot { PACKED, OUTPUT };  // of a thread's kept buffers
 // A convolution, and where its input comes from; or an up-sampling.
 struct Node {
   bool up;
-  i64 h, w, c1, c2, cout;          // h, w: of its input
-  int from, skip;                  // nodes, or IMAGE; skip: IMAGE for none
-  bool from_pool, pool, r, relu;   // reads the pool of `from`; makes a pool, r; has a ReLU
-  i64 z_at, r_at, pool_at, s_at;   // in kept; s, then mean, then std
+  i64 h, w, c1, c2, cout;         // h, w: of its input
+  int from, skip;                 // nodes, or IMAGE; skip: IMAGE for none
+  bool from_pool, pool, r, relu;  // reads the pool of `from`; makes a pool, r; has a ReLU
+  i64 z_at, r_at, pool_at, s_at;  // in kept; s, then mean, then std
 
   i64 pixels() const { return up ? 4 * h * w : h * w; }  // of the output
 };
@@ -155,7 +156,8 @@ class Forward : Network {
     job.pool = to.pool ? kept_ + to.pool_at : nullptr;
     KeptBuffer<float, PACKED> packed(conv_packed_size<float>(to.cout, to.c1, to.c2));
     pack_conv<float>(conv.packed, to.cout, to.c1, to.c2, packed);
-    launch_layer_fwd<float>(job, packed, eps, mean(k), conv.gamma ? std(k) : nullptr, s(k), nullptr);
+    launch_layer_fwd<float>(job, packed, eps, mean(k), conv.gamma ? std(k) : nullptr, s(k),
+                            nullptr);
     if (!conv.gamma) std::fill_n(s(k), n_, 1.0f);
   }
 
@@ -250,8 +252,9 @@ class Backward : Network {
       job.d_gamma = conv.gamma ? gradients + sizes(k, 1) : nullptr;
     }
     const i64 cin = to.c1 + to.c2;
-    KeptBuffer<float, PACKED> packed(
-        need_input ? winograd_packed_size(to.c1, to.cout) + winograd_packed_size(to.c2, to.cout) : 0);
+    KeptBuffer<float, PACKED> packed(need_input ? winograd_packed_size(to.c1, to.cout) +
+                                                      winograd_packed_size(to.c2, to.cout)
+                                                : 0);
     if (need_input) {
       pack_winograd_transposed(conv.packed, to.cout, cin, job.sources, job.source, packed);
       job.d_r[0] = space.d[1], job.d_s[0] = space.d_s[1];
@@ -276,8 +279,7 @@ class Backward : Network {
     }
     KeptBuffer<float, PACKED> packed(packed_size<float>(to.c1, 4 * to.cout));
     pack_upsample<float>(convs_[k].packed, to.c1, to.cout, true, packed);
-    launch_upsample_bwd<float>(
-        {n_, to.h, to.w, to.c1, to.cout, 0, space.d[0], packed, space.d[1]});
+    launch_upsample_bwd<float>({n_, to.h, to.w, to.c1, to.cout, 0, space.d[0], packed, space.d[1]});
     std::swap(space.d[0], space.d[1]);
   }
 };
@@ -312,9 +314,11 @@ void check_parameters(const Tensor& x, const Plan& plan, const std::vector<Tenso
 int64_t unet_train_size(Shape shape, Shape channels, Shape enc_layers, int64_t mid_layers,
                         Shape dec_layers) {
   STD_TORCH_CHECK(shape.size() == 4, "shape: expected (N, C, H, W), got ", text(shape));
-  STD_TORCH_CHECK(channels.size() == enc_layers.size() + 1 && dec_layers.size() == enc_layers.size(),
-                  "channels, dec_layers: expected one more than enc_layers, and as many");
-  return Nodes({shape[1], channels, enc_layers, mid_layers, dec_layers}, shape[0], shape[2], shape[3])
+  STD_TORCH_CHECK(
+      channels.size() == enc_layers.size() + 1 && dec_layers.size() == enc_layers.size(),
+      "channels, dec_layers: expected one more than enc_layers, and as many");
+  return Nodes({shape[1], channels, enc_layers, mid_layers, dec_layers}, shape[0], shape[2],
+               shape[3])
       .size;
 }
 
@@ -327,7 +331,8 @@ Tensor unet_train_fwd(Tensor x, Shape channels, Shape enc_layers, int64_t mid_la
   Tensor image = new_tensor(x, shape_of(x));
   const auto convs = convs_of<float>(parameters);
   Forward(plan, convs, n, h, w, mutable_data<float>(kept))
-      .run(data<float>(x), plan.image_channels, static_cast<float>(eps), mutable_data<float>(image));
+      .run(data<float>(x), plan.image_channels, static_cast<float>(eps),
+           mutable_data<float>(image));
   return image;
 }
 

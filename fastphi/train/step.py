@@ -99,8 +99,7 @@ class Step:
         """The parameters by the gradient."""
         self._set_lr()
         self.run.optimizer.step()
-        if self.device.type == "cuda":
-            self._count_write()
+        self._count_write()
         self._known.append((self.run.step + 1, self._loss))
 
     def losses(self, wait: bool) -> Iterator[tuple[int, float]]:

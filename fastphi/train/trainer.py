@@ -115,8 +115,8 @@ class Trainer:
                 raise ValueError(
                     "tensorboard: the package is not installed (pip install tensorboard)"
                 ) from None
-        fused = self.device.type == "cuda"  # one kernel for all parameters
-        self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, fused=fused)
+        # fused: one pass over the parameters
+        self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, fused=True)
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
         each = len(self.split.training) // config.batch
         steps = min(each * config.epochs, config.max_steps or 1 << 62)

@@ -240,7 +240,6 @@ def test_a_run_goes_on_on_another_device(tmp_path, caplog):
         assert type(group["lr"]) is float and not group["capturable"]
         trainer = Trainer(config(out, device=then), images())
         trainer.run(progress=False)
-        assert trainer.optimizer.param_groups[0]["fused"] == (then == "cuda")
         assert all(int(s["step"]) == 8 for s in trainer.optimizer.state.values())
     assert "resuming elsewhere" in caplog.text and ONE_BY_ONE not in caplog.text
     a, b = ([x["loss"] for x in log_of(tmp_path / d) if "loss" in x] for d in ("cuda", "cpu"))

@@ -1,6 +1,7 @@
 // Launcher of the way back through a layer: per part, some tiles, dz is transformed once, for the
-// gradient of the input and for that of the weights. Into which parts the tiles are cut, and what is
-// summed in which order, depends on the sizes alone; what the threads share does not change a bit.
+// gradient of the input and for that of the weights. Into which parts the tiles are cut, and what
+// is summed in which order, depends on the sizes alone; what the threads share does not change a
+// bit.
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -221,7 +222,8 @@ class Backward {
     };
     std::vector<Group> groups;
     for (int s = 0; job_.need_input && s < job_.sources; ++s) {
-      const i64 panels = output_[s].panels, pieces = std::min(panels, divide_up(threads, job_.sources));
+      const i64 panels = output_[s].panels,
+                pieces = std::min(panels, divide_up(threads, job_.sources));
       for (i64 i = 0; i < pieces; ++i)
         groups.push_back({s, i * panels / pieces, (i + 1) * panels / pieces});
     }

@@ -20,7 +20,7 @@ constexpr bool winograd_serves_backward(i64 cin, i64 cout) {
 // The whole way back through a layer, in one pass over its tiles (backward.cpp).
 struct WinogradBackward {
   i64 n, h, w, cout;
-  const float* z;                // (N, H, W, cout); read even where grad says that it does not count
+  const float* z;  // (N, H, W, cout); read even where grad says that it does not count
   const GradInput<float>* grad;  // dz, and where its sums go
   int sources;
   Source<float> source[2];  // the layer's input, as in its forward; packed: the transposed pack of

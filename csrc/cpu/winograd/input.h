@@ -41,8 +41,8 @@ constexpr bool in_tile(int pixel) {
   return pixel / 6 >= 1 && pixel / 6 <= 4 && pixel % 6 >= 1 && pixel % 6 <= 4;
 }
 
-// dz of direct/gradient.h, computed where it is read. SUMS: those of the tile's own pixels are added
-// up. POOL: part of d comes from a pool.
+// dz of direct/gradient.h, computed where it is read. SUMS: those of the tile's own pixels are
+// added up. POOL: part of d comes from a pool.
 template <bool SUMS, bool POOL>
 struct GradPatch {
   const float *at[WINO_POINTS], *d[WINO_POINTS], *pool[WINO_POINTS];  // at: z

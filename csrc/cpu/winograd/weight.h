@@ -11,9 +11,9 @@
 // taps. Per layer: 4.5*C*Cout*pixels FLOPs; 144*C*Cout bytes of products are written, and where
 // there are several parts read again.
 //
-// Sums: a part's tiles in registers, parts in float, slices (winograd/backward.cpp) in float, all in
-// order and cut by the images' number and size alone. Included by isa/body.h inside an
-// anonymous namespace, after winograd/input.h.
+// Sums: a part's tiles in registers, parts in float, slices (winograd/backward.cpp) in float, all
+// in order and cut by the images' number and size alone. Included by isa/body.h inside an anonymous
+// namespace, after winograd/input.h.
 
 constexpr i64 WEIGHT_SLOT = BLOCK * 2 * FLANES;  // products of a point, block and panel
 

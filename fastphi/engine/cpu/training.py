@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def denoised(model: Network, x: Tensor) -> Tensor | None:
     layers = [name.removesuffix(".weight") for name in named if name.endswith(".weight")]
     three = [named.get(f"{at}.{kind}") for at in layers for kind in ("weight", "bias", "gamma")]
     memory = _memories.setdefault(model, Memory())
-    return _Whole.apply(model.config, memory, x, *three)
+    return _Whole.apply(model.twin(), memory, x, *three)
 
 
 class Memory:
@@ -64,18 +65,16 @@ _memories: weakref.WeakKeyDictionary[Network, Memory] = weakref.WeakKeyDictionar
 
 
 class _Whole(torch.autograd.Function):
-    """(config, memory, x, parameters in network order: weight, bias, gamma of each convolution, or None)."""
+    """(twin, memory, x, parameters in network order: weight, bias, gamma of each convolution, or None)."""
 
     @staticmethod
     def forward(
-        ctx: Any, config: UNetConfig, memory: Memory, x: Tensor, *parameters: Tensor | None
+        ctx: Any, twin: Any, memory: Memory, x: Tensor, *parameters: Tensor | None
     ) -> Tensor:
-        x, sizes = x.contiguous(), _sizes(config)
+        x, sizes, eps = x.contiguous(), _sizes(twin.config), twin.config.eps
         kept = memory.take("kept", torch.ops.fastphi.unet_train_size(x.shape, *sizes))
-        image = torch.ops.fastphi.unet_train_fwd(
-            x, *sizes, config.eps, _dense(x, parameters), kept
-        )
-        ctx.config, ctx.memory = config, memory
+        image = torch.ops.fastphi.unet_train_fwd(x, *sizes, eps, _dense(x, parameters), kept)
+        ctx.twin, ctx.memory = twin, memory
         ctx.save_for_backward(x, kept, *parameters)
         return image
 
@@ -83,12 +82,15 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, d_image: Tensor) -> Any:
         x, kept, *parameters = ctx.saved_tensors
         need = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated itself
-            return None, None, *_plain_gradients(ctx.config, (x, *parameters), need, d_image)
-        dense = _dense(x, parameters)
-        flat = ctx.memory.take("gradients", sum(map(Tensor.numel, dense)) if any(need[1:]) else 0)
+        again = torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated itself
+        if again or torch._C._functorch.is_legacy_batchedtensor(d_image):  # is_grads_batched
+            inputs = (x, *parameters)
+            return None, None, *_plain_gradients(ctx.twin, inputs, need, d_image, again)
+        dense, d_image = _dense(x, parameters), d_image.contiguous()
+        size = sum(map(Tensor.numel, dense)) if any(need[1:]) else 0
+        flat = ctx.memory.take("gradients", size)
         d_x = torch.ops.fastphi.unet_train_bwd(
-            d_image.contiguous(), kept, *_sizes(ctx.config), dense, need[0], flat
+            d_image, kept, *_sizes(ctx.twin.config), dense, need[0], flat
         )
         found: list[Tensor | None] = [d_x if need[0] else None]
         at = 0
@@ -109,20 +111,23 @@ def _dense(x: Tensor, parameters: Any) -> list[Tensor]:
     return [none if p is None else p.detach().contiguous() for p in parameters]
 
 
+@torch.enable_grad()
 def _plain_gradients(
-    config: UNetConfig, inputs: tuple[Tensor | None, ...], need: tuple[bool, ...], d_image: Tensor
+    twin: Any,
+    inputs: tuple[Tensor | None, ...],
+    need: tuple[bool, ...],
+    d_image: Tensor,
+    again: bool,
 ) -> list[Tensor | None]:
-    """Of the network in plain PyTorch, with a graph of their own."""
-    from fastphi.unet import UNet
-
-    with torch.device("meta"):  # the network's output alone
-        plain = UNet(dataclasses.replace(config, residual=False), backend="reference")
+    """Of the network in plain PyTorch; again: with a graph of their own."""
+    plain = copy.deepcopy(twin)
+    plain.backend, plain.config = "reference", dataclasses.replace(twin.config, residual=False)
     # As views: one input may have been made of another, and that way is not this function's.
     x, *parameters = (t if t is None else t.view_as(t) for t in inputs)
     layers = [n.removesuffix(".weight") for n, _ in plain.named_parameters() if "weight" in n]
     names = [f"{at}.{kind}" for at in layers for kind in ("weight", "bias", "gamma")]
     named = {n: p for n, p in zip(names, parameters, strict=True) if p is not None}
     out = torch.func.functional_call(plain, named, (x,))
-    wanted = [t for t, needed in zip((x, *parameters), need, strict=True) if needed]
-    found = iter(torch.autograd.grad(out, wanted, d_image, create_graph=True, allow_unused=True))
+    wanted: Any = [t for t, needed in zip((x, *parameters), need, strict=True) if needed]
+    found = iter(torch.autograd.grad(out, wanted, d_image, create_graph=again, allow_unused=True))
     return [next(found) if needed else None for needed in need]
