@@ -126,7 +126,7 @@ $(SANITIZED)/built: setup $(VENV)/test $(SOURCES)
 sanitize: $(SANITIZED)/built
 	for isa in $(ISAS); do echo "== $$isa"; FASTPHI_ISA=$$isa $(SANITIZE) \
 	  $(BIN)/pytest -q -p no:cacheprovider --capture=sys tests/engine/test_ops.py tests/engine/test_weights.py \
-	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_bf16.py tests/engine/cpu/test_winograd.py \
+	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_bf16.py tests/engine/cpu/test_winograd.py tests/engine/cpu/test_training.py \
 	  tests/sampling/test_guidance.py tests/fuzz/test_hostile_ops.py || exit 1; done
 
 # ThreadSanitizer knows nothing of GCC's OpenMP: LLVM's takes its place, whose Archer tells it who waits for
@@ -139,7 +139,8 @@ race: setup $(VENV)/test
 	  OMP_TOOL_LIBRARIES=$(LLVM_OMP)/libarcher.so OMP_NUM_THREADS=2 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 	  setarch -R $(BIN)/pytest -q -p no:cacheprovider --capture=sys --deselect \
 	  tests/engine/test_ops.py::test_one_openmp_runtime tests/engine/test_ops.py tests/engine/test_weights.py \
-	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_winograd.py tests/sampling/test_guidance.py
+	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_winograd.py tests/engine/cpu/test_training.py \
+  tests/sampling/test_guidance.py
 
 # Other cases each time, for so many minutes; the ops as the sanitized build on each instruction set.
 MINUTES ?= 10
