@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor> unet_fwd(Tensor x, Shape channels, Shape enc_layers, 
 std::tuple<Tensor, Tensor> unet_fwd_bf16(Tensor x, Shape channels, Shape enc_layers,
                                          int64_t mid_layers, Shape dec_layers, double eps,
                                          std::vector<Tensor> packed, int64_t blocks);
-int64_t unet_train_size(Shape shape, Shape channels, Shape enc_layers, int64_t mid_layers,
-                        Shape dec_layers);
+int64_t unet_train_size(Tensor x, Shape channels, Shape enc_layers, int64_t mid_layers,
+                        Shape dec_layers, std::vector<Tensor> parameters);
 Tensor unet_train_fwd(Tensor x, Shape channels, Shape enc_layers, int64_t mid_layers,
                       Shape dec_layers, double eps, std::vector<Tensor> parameters, Tensor kept);
 Tensor unet_train_bwd(Tensor d_image, Tensor kept, Shape channels, Shape enc_layers,

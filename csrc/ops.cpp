@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
   m.def("spatial_mean_bwd(Tensor d_mean, int height, int width) -> Tensor");
   // A whole network with gradients, parameters in torch's layout (fastphi/engine/cpu/training.py).
   m.def(
-      "unet_train_size(int[] shape, int[] channels, int[] enc_layers, int mid_layers, int[] "
-      "dec_layers) -> int");
+      "unet_train_size(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "
+      "Tensor[] parameters) -> int");
   m.def(
       "unet_train_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] "
       "dec_layers, "
@@ -126,6 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("avg_pool_bwd", TORCH_BOX(&avg_pool_bwd));
   m.impl("spatial_mean_fwd", TORCH_BOX(&spatial_mean_fwd));
   m.impl("spatial_mean_bwd", TORCH_BOX(&spatial_mean_bwd));
+  m.impl("unet_train_size", TORCH_BOX(&unet_train_size));
   m.impl("unet_train_fwd", TORCH_BOX(&unet_train_fwd));
   m.impl("unet_train_bwd", TORCH_BOX(&unet_train_bwd));
   m.impl("pack_conv_weights", TORCH_BOX(&pack_conv_weights));
@@ -151,5 +152,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastphi, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&fastphi::build_info));
-  m.impl("unet_train_size", TORCH_BOX(&fastphi::unet_train_size));
 }

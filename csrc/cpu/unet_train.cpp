@@ -311,15 +311,11 @@ void check_parameters(const Tensor& x, const Plan& plan, const std::vector<Tenso
 
 }  // namespace
 
-int64_t unet_train_size(Shape shape, Shape channels, Shape enc_layers, int64_t mid_layers,
-                        Shape dec_layers) {
-  STD_TORCH_CHECK(shape.size() == 4, "shape: expected (N, C, H, W), got ", text(shape));
-  STD_TORCH_CHECK(
-      channels.size() == enc_layers.size() + 1 && dec_layers.size() == enc_layers.size(),
-      "channels, dec_layers: expected one more than enc_layers, and as many");
-  return Nodes({shape[1], channels, enc_layers, mid_layers, dec_layers}, shape[0], shape[2],
-               shape[3])
-      .size;
+int64_t unet_train_size(Tensor x, Shape channels, Shape enc_layers, int64_t mid_layers,
+                        Shape dec_layers, std::vector<Tensor> parameters) {
+  const Plan plan{x.dim() > 1 ? x.sizes()[1] : 0, channels, enc_layers, mid_layers, dec_layers};
+  check_parameters(x, plan, parameters);
+  return Nodes(plan, x.sizes()[0], x.sizes()[2], x.sizes()[3]).size;
 }
 
 Tensor unet_train_fwd(Tensor x, Shape channels, Shape enc_layers, int64_t mid_layers,

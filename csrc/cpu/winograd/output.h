@@ -155,26 +155,47 @@ class Fetch {
   i64 each_ = 0;
 };
 
-// What the epilogues of strips [first, last) will write or read, in `calls` calls, and what the
-// next strips' input will, in those that follow: lines that the nearest caches do not have, each of
-// which would be waited for then.
-class FetchPixels {
+// A panel's channels of the pixels of some rows, on their way likewise.
+class FetchPanel {
  public:
-  FetchPixels(const ConvJob<float>& job, i64 first, i64 last, i64 calls)
-      : strips_(job.h, job.w), calls_(calls), left_(job.panels > 1 ? calls : 0) {
-    add(job.r_out, first, last, job.cout);
-    add(job.z, first, last, job.cout);
-    add(job.dot_with, first, last, job.cout);
-    now_ = count_;
-    const i64 next = min_of(2 * last - first, job.n * strips_.per_image);
-    calls_ = calls * max_of(1, job.panels - 1);
-    for (int s = 0; s < job.sources; ++s) add(job.source[s].r, last, next, job.source[s].channels);
-    if (job.grad && job.grad->spread == Spread::PIXEL)
-      add(job.grad->d, last, next, job.source[0].channels);
+  void begin(const float* from, i64 pixels, i64 c, i64 calls) {
+    at_ = from, left_ = pixels, c_ = c, each_ = (pixels + calls - 1) / calls;
   }
   void operator()() {
-    const int end = left_-- > 0 ? now_ : count_;
-    for (int i = 0; i < end; ++i) fetches_[i]();
+    for (i64 i = min_of(each_, left_); i > 0; --i, --left_, at_ += c_) {
+      __builtin_prefetch(at_, 0, 2);
+      if (FLANES > 8) __builtin_prefetch(at_ + FLANES, 0, 2);  // a panel is two lines
+    }
+  }
+
+ private:
+  const float* at_ = nullptr;
+  i64 left_ = 0, c_ = 0, each_ = 0;
+};
+
+// What a panel's epilogue will write or read, beside its products, and what the next strips' input
+// will, beside all panels': lines that the nearest caches do not have, each of which would be waited
+// for then.
+class FetchPixels {
+ public:
+  // calls: of a panel
+  FetchPixels(const ConvJob<float>& job, i64 first, i64 last, i64 calls)
+      : job_(job), strips_(job.h, job.w), start_(pixel(first)), pixels_(pixel(last) - start_),
+        calls_(calls) {
+    const i64 next = min_of(2 * last - first, job.n * strips_.per_image);
+    for (int s = 0; s < job.sources; ++s) add(job.source[s].r, last, next, job.source[s].channels);
+    if (job.grad && (job.grad->spread == Spread::PIXEL || job.grad->spread == Spread::PIXEL_AND_POOL))
+      add(job.grad->d, last, next, job.source[0].channels);
+  }
+  void panel(i64 index) {
+    const i64 at = start_ * job_.cout + index * 2 * FLANES;
+    const float* const images[] = {job_.r_out, job_.z, job_.dot_with};
+    for (int i = 0; i < 3; ++i)
+      now_[i].begin(images[i] + (images[i] ? at : 0), images[i] ? pixels_ : 0, job_.cout, calls_);
+  }
+  void operator()() {
+    for (FetchPanel& fetch : now_) fetch();
+    for (int i = 0; i < count_; ++i) next_[i]();
   }
 
  private:
@@ -185,13 +206,15 @@ class FetchPixels {
   void add(const float* image, i64 first, i64 last, i64 c) {
     if (!image || first == last) return;
     const i64 start = pixel(first);
-    fetches_[count_++].begin(image + start * c, (pixel(last) - start) * c, calls_);
+    next_[count_++].begin(image + start * c, (pixel(last) - start) * c, calls_ * job_.panels);
   }
 
+  const ConvJob<float>& job_;
   const Strips strips_;
-  i64 calls_, left_;  // before the next strips' turn
-  Fetch fetches_[6];
-  int count_ = 0, now_ = 0;
+  const i64 start_, pixels_, calls_;
+  FetchPanel now_[3];
+  Fetch next_[3];
+  int count_ = 0;
 };
 
 // The products of one point and panel: m[tile * m_stride + j]. Meanwhile the weights that come
@@ -306,6 +329,7 @@ void winograd_output(const ConvJob<float>& job, const WinogradPart& part) {
       BesideShared shared{part, calls / WINO_POINTS * (end - begin)};
       winograd_multiply(job, part, begin, end, shared);
     } else {
+      apart.fetch.panel(begin);
       winograd_multiply(job, part, begin, end, apart);
     }
     for (i64 index = begin; index < end; ++index)

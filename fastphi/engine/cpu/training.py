@@ -71,9 +71,9 @@ class _Whole(torch.autograd.Function):
     def forward(
         ctx: Any, twin: Any, memory: Memory, x: Tensor, *parameters: Tensor | None
     ) -> Tensor:
-        x, sizes, eps = x.contiguous(), _sizes(twin.config), twin.config.eps
-        kept = memory.take("kept", torch.ops.fastphi.unet_train_size(x.shape, *sizes))
-        image = torch.ops.fastphi.unet_train_fwd(x, *sizes, eps, _dense(x, parameters), kept)
+        x, sizes, dense = x.contiguous(), _sizes(twin.config), _dense(x, parameters)
+        kept = memory.take("kept", torch.ops.fastphi.unet_train_size(x, *sizes, dense))
+        image = torch.ops.fastphi.unet_train_fwd(x, *sizes, twin.config.eps, dense, kept)
         ctx.twin, ctx.memory = twin, memory
         ctx.save_for_backward(x, kept, *parameters)
         return image
