@@ -29,7 +29,8 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
   m.def("spatial_mean_bwd(Tensor d_mean, int height, int width) -> Tensor");
   // A whole network with gradients, parameters in torch's layout (fastphi/engine/cpu/training.py).
   m.def(
-      "unet_train_size(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] dec_layers, "
+      "unet_train_size(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] "
+      "dec_layers, "
       "Tensor[] parameters) -> int");
   m.def(
       "unet_train_fwd(Tensor x, int[] channels, int[] enc_layers, int mid_layers, int[] "

@@ -175,6 +175,14 @@ def test_a_gradient_for_one_argument_alone(name):
     close(got, every[name], GRADIENT[torch.float64], f"d_{name}")
 
 
+def test_no_gradient_at_all():
+    """Asked for neither the input's nor the weights', an op gives none."""
+    r, s, z = torch.rand(1, 4, 4, 16), torch.ones(1), torch.rand(1, 4, 4, 16)
+    w = torch.rand(16, 16, 3, 3)
+    args = (z, s, r, s, None, None, w, None, z, s, s, s, True, False, False)
+    assert not any(d.numel() for d in torch.ops.fastphi.fused_layer_bwd(*args))
+
+
 def test_views_give_what_their_copies_give():
     """Arguments that are not contiguous: channels-first images seen as NHWC, a transposed kernel."""
     a = layer_arguments(2, 5, 7, 3, 4, 6, True, True)

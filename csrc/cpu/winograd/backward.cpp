@@ -46,12 +46,11 @@ class Backward {
 
   void run() {
     if (job_.need_input) make_outputs();
-    if (job_.need_weight)
-      with_weights();
-    else
-      for (int s = 0; s < job_.sources; ++s) run_winograd(output_[s]);
-    if (job_.need_input)
-      for (int s = 0; s < job_.sources; ++s) add_dots(s);
+    if (job_.need_weight) with_weights();
+    for (int s = 0; job_.need_input && s < job_.sources; ++s) {
+      if (!job_.need_weight) run_winograd(output_[s]);
+      add_dots(s);
+    }
   }
 
  private:

@@ -174,17 +174,21 @@ class FetchPanel {
 };
 
 // What a panel's epilogue will write or read, beside its products, and what the next strips' input
-// will, beside all panels': lines that the nearest caches do not have, each of which would be waited
-// for then.
+// will, beside all panels': lines that the nearest caches do not have, each of which would be
+// waited for then.
 class FetchPixels {
  public:
   // calls: of a panel
   FetchPixels(const ConvJob<float>& job, i64 first, i64 last, i64 calls)
-      : job_(job), strips_(job.h, job.w), start_(pixel(first)), pixels_(pixel(last) - start_),
+      : job_(job),
+        strips_(job.h, job.w),
+        start_(pixel(first)),
+        pixels_(pixel(last) - start_),
         calls_(calls) {
     const i64 next = min_of(2 * last - first, job.n * strips_.per_image);
     for (int s = 0; s < job.sources; ++s) add(job.source[s].r, last, next, job.source[s].channels);
-    if (job.grad && (job.grad->spread == Spread::PIXEL || job.grad->spread == Spread::PIXEL_AND_POOL))
+    if (job.grad &&
+        (job.grad->spread == Spread::PIXEL || job.grad->spread == Spread::PIXEL_AND_POOL))
       add(job.grad->d, last, next, job.source[0].channels);
   }
   void panel(i64 index) {
