@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastphi.engine.cpu import bf16
 
-
 Place: TypeAlias = tuple[str, int]  # of a layer: its block, and which of the block's it is
 
 
