@@ -76,6 +76,12 @@ struct Strips {
   }
 };
 
+// Where weights lie: output o, input channel c, tap t at o * output + c * channel + t * tap +
+// first.
+struct WeightStrides {
+  i64 output, channel, tap, first;
+};
+
 template <class T>
 struct ConvJob {
   i64 n, h, w, cout, panels;
@@ -93,15 +99,11 @@ struct ConvJob {
   const T* out_scale;  // (N,) or null: r_out = out_scale * h (dgrad)
   // Winograd's alone; its units are (strip, panel), those of the direct kernel (image row, panel)
   const T* winograd;         // packed weights of all sources, or null: the direct kernel runs
+  bool fresh;                // winograd is not packed: transformed where it is used
+  WeightStrides at;          // of fresh weights
   const GradInput<T>* grad;  // or null: the input is source[..].r
   T* pool;                   // (N, H/2, W/2, cout): 2x2 mean of r_out; or null
   T* sums;                   // (strips, cout): sum of r_out; or null
-};
-
-// Where weights lie: output o, input channel c, tap t at o * output + c * channel + t * tap +
-// first.
-struct WeightStrides {
-  i64 output, channel, tap, first;
 };
 
 // Transposed 2x2 convolution, stride 2. Forward: input rows by columns (tap * panels + panel);
@@ -182,8 +184,11 @@ struct WeightPart {
 struct WinogradPart {
   i64 first, last, begin, end, group, tiles, pitch, depth;
   const float* v;
-  float* m;  // tiles * 36 numbers per output channel
+  float* m;       // tiles * 36 numbers per output channel
+  float* packed;  // room for FRESH channels of a panel, where weights are fresh
 };
+
+constexpr i64 FRESH = 64;  // channels of fresh weights that are transformed at a time
 
 // The steps of a Winograd convolution and its gradients, float alone (winograd/kernel.h, weight.h).
 struct WinogradKernels {

@@ -97,6 +97,7 @@ class Encoder {
       job.source[0] = {r, s, nullptr, l.cin};
       if (k > 0 && layers_[k - 1].raw)
         job.source[0].raw = true, job.source[0].gamma = convs_[k - 1].gamma;
+      job.fresh = convs_[k].fresh, job.at = {l.cin * 9, 9, 1, 0};
       job.bias = convs_[k].bias, job.gamma = convs_[k].gamma, job.relu = true;
       job.z = l.z, job.pool = l.to_pool ? l.pool.get() : nullptr;
       const bool last = k + 1 == layers_.size(), only = last || l.to_pool;
@@ -173,13 +174,13 @@ int64_t match_steps(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor updates,
                     std::vector<Tensor> packed_t, double lr, double tolerance, int64_t start,
                     int64_t steps) {
   const Plan plan{x.dim() > 1 ? x.sizes()[1] : 0, channels, enc_layers, mid_layers, {}};
-  check_network(x, plan, packed);
+  const std::vector<bool> fresh = check_network(x, plan, packed);
   check_network(x, plan, packed_t, true);
   const MatchTensors tensors{x, m, v, losses, updates, active, target, weight};
   tensors.check(channels.back(), start, steps);
   return dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto convs = convs_of<T>(packed), transposed = convs_of<T>(packed_t);
+    const auto convs = convs_of<T>(packed, fresh), transposed = convs_of<T>(packed_t);
     const i64 h = x.sizes()[2], w = x.sizes()[3];
     const i64 chunk = std::min(x.sizes()[0], images_at_once(h * w));
     thread_local EncoderSpace<T> space;

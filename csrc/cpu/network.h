@@ -9,6 +9,7 @@
 #include "../common.h"
 #include "direct/conv.h"
 #include "launch.h"
+#include "winograd/conv.h"
 
 namespace fastphi {
 
@@ -24,6 +25,7 @@ struct Plan {
 template <class T>
 struct Conv {
   const T *packed, *bias, *gamma;
+  bool fresh;  // packed is not: the weights as they lie in torch's layout
 };
 
 // f(cin of the first source, cin of the second or 0, cout, upsampling) for each convolution, in
@@ -80,10 +82,12 @@ inline void check_plan(const Tensor& x, const Plan& plan, const std::vector<Tens
 }
 
 // Plan and parameters as they come from Python, checked: each packed tensor has the length that the
-// kernels read. transposed: weights packed for the gradient.
-inline void check_network(const Tensor& x, const Plan& plan, const std::vector<Tensor>& packed,
-                          bool transposed = false) {
+// kernels read. transposed: weights packed for the gradient; else those of a Winograd convolution
+// may be as in torch's layout, which their length tells. Returns which are.
+inline std::vector<bool> check_network(const Tensor& x, const Plan& plan,
+                                       const std::vector<Tensor>& packed, bool transposed = false) {
   check_plan(x, plan, packed);
+  std::vector<bool> fresh;
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     size_t at = 0;
@@ -95,13 +99,18 @@ inline void check_network(const Tensor& x, const Plan& plan, const std::vector<T
                       " numbers", may_lack ? " or none" : "", ", got ", t.numel());
     };
     each_conv(plan, [&](i64 own, i64 rest, i64 cout, bool up) {
-      expect(up           ? 4 * packed_size<T>(cout, own)
+      const i64 plain = 9 * cout * (own + rest);
+      fresh.push_back(!up && !transposed && winograd_serves<T>(own + rest) &&
+                      packed[at].numel() == plain);
+      expect(fresh.back() ? plain
+             : up         ? 4 * packed_size<T>(cout, own)
              : transposed ? conv_packed_size<T>(own + rest, cout, 0)
                           : conv_packed_size<T>(cout, own, rest),
              false);
       expect(cout, true), expect(cout, true);
     });
   });
+  return fresh;
 }
 
 // Channels of the first `blocks` blocks together: columns of their means.
@@ -118,10 +127,12 @@ inline i64 block_columns(const Plan& plan, i64 blocks) {
 }
 
 template <class T>
-std::vector<Conv<T>> convs_of(const std::vector<Tensor>& packed) {
+std::vector<Conv<T>> convs_of(const std::vector<Tensor>& packed,
+                              const std::vector<bool>& fresh = {}) {
   auto get = [&](size_t i) { return packed[i].numel() ? data<T>(packed[i]) : nullptr; };
   std::vector<Conv<T>> convs;
-  for (size_t i = 0; i < packed.size(); i += 3) convs.push_back({get(i), get(i + 1), get(i + 2)});
+  for (size_t i = 0; i < packed.size(); i += 3)
+    convs.push_back({get(i), get(i + 1), get(i + 2), !fresh.empty() && fresh[i / 3]});
   return convs;
 }
 

@@ -121,6 +121,8 @@ class Forward {
     job.sources = skip ? 2 : 1;
     job.source[0] = {x.r, x.s, nullptr, x.c};
     if (skip) job.source[1] = {skip->r, skip->s, nullptr, skip->c};
+    const i64 cin = x.c + (skip ? skip->c : 0);
+    job.fresh = conv.fresh, job.at = {cin * 9, 9, 1, 0};
     job.bias = conv.bias, job.gamma = conv.gamma, job.relu = options.relu;
     job.r_out = options.only && winograd_serves<T>(x.c) ? nullptr : to.r;
     job.pool = options.pool;
@@ -165,14 +167,14 @@ std::tuple<Tensor, Tensor> unet_fwd(Tensor x, Shape channels, Shape enc_layers, 
                                     Shape dec_layers, double eps, std::vector<Tensor> packed,
                                     int64_t blocks) {
   const Plan plan{x.dim() > 1 ? x.sizes()[1] : 0, channels, enc_layers, mid_layers, dec_layers};
-  check_network(x, plan, packed);
+  const std::vector<bool> fresh = check_network(x, plan, packed);
   const i64 columns = block_columns(plan, blocks);
   const i64 n = x.sizes()[0], h = x.sizes()[2], w = x.sizes()[3],
             size = plan.image_channels * h * w;
   Tensor out = new_tensor(x, blocks ? Shape{0} : shape_of(x)), means = new_tensor(x, {n, columns});
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    const auto convs = convs_of<T>(packed);
+    const auto convs = convs_of<T>(packed, fresh);
     const i64 chunk = std::min(n, images_at_once(h * w));
     thread_local Workspace<T> space;
     space.reserve(plan, chunk, h, w);

@@ -154,10 +154,14 @@ class Forward : Network {
     job.z = last ? nullptr : kept_ + to.z_at;
     job.r_out = last ? image : to.r ? kept_ + to.r_at : nullptr;
     job.pool = to.pool ? kept_ + to.pool_at : nullptr;
-    KeptBuffer<float, PACKED> packed(conv_packed_size<float>(to.cout, to.c1, to.c2));
-    pack_conv<float>(conv.packed, to.cout, to.c1, to.c2, packed);
-    launch_layer_fwd<float>(job, packed, eps, mean(k), conv.gamma ? std(k) : nullptr, s(k),
-                            nullptr);
+    const i64 cin = to.c1 + to.c2;
+    job.fresh = winograd_serves<float>(cin) && winograd_fresh(n_, to.h, to.w, cin, to.cout);
+    job.at = {cin * 9, 9, 1, 0};
+    KeptBuffer<float, PACKED> packed(job.fresh ? 0
+                                               : conv_packed_size<float>(to.cout, to.c1, to.c2));
+    if (!job.fresh) pack_conv<float>(conv.packed, to.cout, to.c1, to.c2, packed);
+    launch_layer_fwd<float>(job, job.fresh ? conv.packed : packed.get(), eps, mean(k),
+                            conv.gamma ? std(k) : nullptr, s(k), nullptr);
     if (!conv.gamma) std::fill_n(s(k), n_, 1.0f);
   }
 
@@ -252,11 +256,12 @@ class Backward : Network {
       job.d_gamma = conv.gamma ? gradients + sizes(k, 1) : nullptr;
     }
     const i64 cin = to.c1 + to.c2;
-    KeptBuffer<float, PACKED> packed(need_input ? winograd_packed_size(to.c1, to.cout) +
-                                                      winograd_packed_size(to.c2, to.cout)
-                                                : 0);
+    if (winograd_fresh(n_, to.h, to.w, cin, to.cout)) job.fresh = conv.packed;
+    const bool pack = need_input && !job.fresh;
+    KeptBuffer<float, PACKED> packed(
+        pack ? winograd_packed_size(to.c1, to.cout) + winograd_packed_size(to.c2, to.cout) : 0);
+    if (pack) pack_winograd_transposed(conv.packed, to.cout, cin, job.sources, job.source, packed);
     if (need_input) {
-      pack_winograd_transposed(conv.packed, to.cout, cin, job.sources, job.source, packed);
       job.d_r[0] = space.d[1], job.d_s[0] = space.d_s[1];
       if (to.c2) {
         space.skips[to.skip].reserve(n_ * to.pixels() * to.c2);

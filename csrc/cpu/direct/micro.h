@@ -38,13 +38,20 @@ inline typename Vec<T>::type splat(T x) {
 // AHEAD, lines per step: meanwhile len * step values from `ahead` on are brought into the
 // second-level cache. Spread over all tiles that share b: faster than memory delivers, prefetches
 // stall the loads.
-template <class T, int P, int NV, int AHEAD>
+// ON: goes on with what is in out, to the same bits as one sum; scale and add do not count.
+template <class T, int P, int NV, int AHEAD, bool ON>
 void tile(const T* __restrict a, i64 stride, i64 runs, i64 run_stride, i64 len,
           const T* __restrict b, T* __restrict out, i64 out_stride, T scale, bool add,
           const T* ahead, i64 step) {
   constexpr i64 V = Vec<T>::LANES;
   constexpr int BASES = (P + 2) / 3;  // a pointer for every three pixels
   typename Vec<T>::type acc[P][NV] = {};
+  if constexpr (ON) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[p][j] = load(out + p * out_stride + j * V);
+  }
   for (i64 run = 0; run < runs; ++run) {
     const T* base[BASES];
 #pragma GCC unroll 4
@@ -77,7 +84,7 @@ void tile(const T* __restrict a, i64 stride, i64 runs, i64 run_stride, i64 len,
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
       T* o = out + p * out_stride + j * V;
-      store(o, add ? load(o) + sv * acc[p][j] : sv * acc[p][j]);
+      store(o, ON ? acc[p][j] : add ? load(o) + sv * acc[p][j] : sv * acc[p][j]);
     }
 }
 

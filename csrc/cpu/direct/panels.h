@@ -36,9 +36,12 @@ struct TileCall {
   bool add;
   const T* ahead = nullptr;  // values wanted next, or null; `step` for each of `len`
   i64 step = 0;
+  bool on = false;  // see tile
   template <int P, int NV>
   void call() const {
-    if (!ahead)
+    if (on)
+      run<P, NV, 0, true>();
+    else if (!ahead)
       run<P, NV, 0>();
     else if (step <= LINE)
       run<P, NV, 1>();
@@ -48,10 +51,10 @@ struct TileCall {
 
  private:
   static constexpr i64 LINE = 64 / sizeof(T);
-  template <int P, int NV, int AHEAD>
+  template <int P, int NV, int AHEAD, bool ON = false>
   void run() const {
-    tile<T, P, NV, AHEAD>(a, stride, runs, run_stride, len, b, out, out_stride, scale, add, ahead,
-                          AHEAD ? step : 0);
+    tile<T, P, NV, AHEAD, ON>(a, stride, runs, run_stride, len, b, out, out_stride, scale, add,
+                              ahead, AHEAD ? step : 0);
   }
 };
 

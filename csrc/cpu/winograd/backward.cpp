@@ -16,7 +16,15 @@ namespace {
 
 i64 divide_up(i64 a, i64 b) { return (a + b - 1) / b; }
 
-enum Slot { INPUT = 2, OUTPUT, PRODUCTS, BORDER, SCRATCH, BACK };  // of a thread's kept buffers
+enum Slot {
+  INPUT = 2,
+  OUTPUT,
+  PRODUCTS,
+  BORDER,
+  SCRATCH,
+  BACK,
+  WEIGHTS
+};  // of a thread's kept buffers
 
 class Backward {
  public:
@@ -66,6 +74,11 @@ class Backward {
       out = input_;
       out.cout = source.channels, out.panels = divide_up(out.cout, 2 * kernels<float>().lanes);
       out.winograd = source.packed, out.r_out = job_.d_r[s];
+      if (job_.fresh) {
+        const i64 c0 = s ? job_.source[0].channels : 0;
+        out.winograd = job_.fresh, out.fresh = true;
+        out.at = {9, weight_.cin * 9, -1, c0 * 9 + 8};
+      }
       if (!job_.input_scaled) continue;
       out.out_scale = source.scale, out.dot_with = source.r, out.dot_raw = source.raw;
       out.gamma = source.raw ? source.gamma : nullptr;
@@ -87,8 +100,10 @@ class Backward {
   // Panels [begin, end) of a source's gradient, of the tiles that v holds; as Launch in conv.cpp.
   void output(int s, i64 first, i64 last, i64 begin, i64 end, i64 group, const WeightPart& part) {
     KeptBuffer<float, BACK> m(WINO_POINTS * part.tiles * 2 * kernels<float>().lanes * group);
+    const i64 fresh = job_.fresh ? WINO_POINTS * FRESH * 2 * kernels<float>().lanes : 0;
+    KeptBuffer<float, WEIGHTS> packed(fresh);
     winograd_kernels().output(output_[s], {first, last, begin, end, group, part.tiles, part.v_pitch,
-                                           part.v_depth, part.v, m});
+                                           part.v_depth, part.v, m, packed});
   }
 
   // --- with the weights ---

@@ -15,7 +15,7 @@ namespace {
 i64 divide_up(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Kept from call to call, one each per thread: fresh memory would cost as much as a small layer.
-enum Scratch { POINTS, PRODUCTS, BORDER, SCRATCHES };
+enum Scratch { POINTS, PRODUCTS, BORDER, WEIGHTS, SCRATCHES };
 
 float* scratch(Scratch which, i64 size) {
   thread_local Buffer<float> buffers[SCRATCHES];
@@ -37,6 +37,7 @@ class Launch {
   }
 
   void run() const {
+    if (job_.fresh) return together();
     const i64 threads = torch::stable::get_num_threads();
     // A block's transformed input takes a quarter of the core's cache, weights and products the
     // rest; or, so that many weights are read for many tiles, all of it.
@@ -68,8 +69,10 @@ class Launch {
   i64 group() const { return deep() ? job_.panels : 1; }
 
   void output(i64 first, i64 last, i64 begin, i64 end, i64 tiles, const float* v, float* m) const {
+    float* const packed =
+        job_.fresh ? scratch(WEIGHTS, WINO_POINTS * FRESH * 2 * kernels<float>().lanes) : nullptr;
     winograd_kernels().output(
-        job_, {first, last, begin, end, group(), tiles, pitch(tiles), depth_, v, m});
+        job_, {first, last, begin, end, group(), tiles, pitch(tiles), depth_, v, m, packed});
   }
 
   void input(i64 first, i64 last, float* v, i64 pitch) const {
@@ -141,6 +144,12 @@ void pack_winograd(const float* weight, i64 outputs, i64 channels, WeightStrides
   parallel(panels, 512 * channels, [&](i64 begin, i64 end) {
     winograd_kernels().pack(weight, outputs, channels, at, begin, end, packed);
   });
+}
+
+bool winograd_fresh(i64 n, i64 h, i64 w, i64 cin, i64 cout) {
+  constexpr i64 TILES = 64, NUMBERS = i64{1} << 14;
+  const Strips strips(h, w);
+  return n * strips.before(strips.per_image) <= TILES && cin * cout >= NUMBERS;
 }
 
 i64 winograd_packed_size(i64 outputs, i64 channels) {

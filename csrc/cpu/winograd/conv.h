@@ -25,6 +25,7 @@ struct WinogradBackward {
   int sources;
   Source<float> source[2];  // the layer's input, as in its forward; packed: the transposed pack of
                             // that source's channels
+  const float* fresh;       // the layer's weights in torch's layout, or null where they are packed
   bool need_input, need_weight;
   bool input_scaled;  // d_r = scale h and d_s = sum h r; else d_r = h alone
   float *d_r[2], *d_s[2];
@@ -37,6 +38,10 @@ void run_winograd_backward(const WinogradBackward& job);
 // G g G^T for all outputs and channels, in the order of use: 36 * outputs (whole vectors) *
 // channels numbers.
 void pack_winograd(const float* weight, i64 outputs, i64 channels, WeightStrides at, float* packed);
+
+// Whether so few tiles share the weights of a layer that, where these are used once, packing them
+// costs more than transforming them where they are used.
+bool winograd_fresh(i64 n, i64 h, i64 w, i64 cin, i64 cout);
 
 // Numbers of such a pack.
 i64 winograd_packed_size(i64 outputs, i64 channels);

@@ -322,9 +322,45 @@ struct BesideApart {
   void operator()() { fetch(); }
 };
 
+// Weights that few tiles share, transformed some channels at a time where they are used: written
+// beyond the second-level cache and read again they would cost more than their products.
+void winograd_output_fresh(const ConvJob<float>& job, const WinogradPart& part) {
+  const Split split(part.tiles);
+  i64 channels = 0;
+  for (int s = 0; s < job.sources; ++s) channels += job.source[s].channels;
+  for (i64 index = part.begin; index < part.end; ++index) {
+    const Panel<float> panel(index, job.cout);
+    for (i64 c = 0; c < channels; c += FRESH) {
+      const i64 k = min_of(FRESH, channels - c);
+      WeightStrides at = job.at;
+      at.first += c * at.channel;
+      winograd_pack(job.winograd, job.cout, k, at, index, index + 1,
+                    part.packed - panel.start * WINO_POINTS * k);
+      for (i64 point = 0; point < WINO_POINTS; ++point)
+        for (i64 i = 0; i < split.count; ++i) {
+          const i64 t0 = split.start(i), p = split.start(i + 1) - t0;
+          TileCall<float> call{part.v + point * part.pitch + t0 * part.depth + c,
+                               part.depth,
+                               1,
+                               0,
+                               k,
+                               part.packed + point * k * panel.lanes,
+                               part.m + (t0 * WINO_POINTS + point) * panel.lanes,
+                               WINO_POINTS * panel.lanes,
+                               1.0f,
+                               false};
+          call.on = c > 0;
+          with_size<BLOCK>(p, panel.nv, call);
+        }
+    }
+    winograd_finish(job, part.first, part.last, index, part.m);
+  }
+}
+
 // Strips [first, last), whose tiles v holds, and panels [begin, end), `group` of them at a time:
 // products, back, epilogue.
 void winograd_output(const ConvJob<float>& job, const WinogradPart& part) {
+  if (job.fresh) return winograd_output_fresh(job, part);
   const i64 calls = WINO_POINTS * Split(part.tiles).count;
   BesideApart apart{{job, part.first, part.last, calls}};
   for (i64 begin = part.begin; begin < part.end; begin += part.group) {

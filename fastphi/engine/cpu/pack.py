@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastphi.engine.cpu import bf16
+
+Place: TypeAlias = tuple[str, int]  # of a layer: its block, and which of the block's it is
 
 
 class Packed(NamedTuple):
@@ -16,7 +18,19 @@ class Packed(NamedTuple):
 
     tensors: list[Tensor]
     checksum: int
+    names: list[str]
     seen: Any = None
+
+    def with_weights(self, own: dict[Place, Tensor]) -> list[Tensor]:
+        """The tensors, with weights that are not packed, in torch's layout, in their places."""
+        if not own:
+            return self.tensors
+        tensors = [*self.tensors]
+        weights = [name for name in self.names if name.endswith(".weight")]
+        at = {name: 3 * i for i, name in enumerate(weights)}
+        for (block, i), weight in own.items():
+            tensors[at[f"{block}.{i}.weight"]] = weight.detach().reshape(-1)
+        return tensors
 
 
 def pack(parameters: dict[str, Tensor], transposed: bool) -> list[Tensor]:
@@ -29,7 +43,9 @@ def pack(parameters: dict[str, Tensor], transposed: bool) -> list[Tensor]:
             continue
         none = weight.new_empty(0)
         weight = weight.contiguous()
-        if layer.startswith("up"):
+        if not weight.numel():  # of a layer that has it in place
+            first = none
+        elif layer.startswith("up"):
             first = torch.ops.fastphi.pack_upsample_weights(weight)
         else:
             first = torch.ops.fastphi.pack_conv_weights(weight, _own(layer, weight), transposed)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from fastphi.config import UNetConfig
 
 
+# Of a layer whose weights are not packed (winograd_fresh in csrc/cpu/winograd/conv.cpp).
+FEW_TILES, MANY_WEIGHTS = 64, 1 << 14
+
+
 def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled engine cannot serve, or None."""
     if (reason := ops.missing()) is not None:
@@ -141,7 +145,8 @@ class CPURunner:
 
     def __init__(self, model: Network) -> None:
         self.model = model
-        self._packed: dict[str, pack.Packed] = {}
+        self._packed: dict[tuple[str, frozenset[pack.Place]], pack.Packed] = {}
+        self._fews: dict[tuple[int, ...], frozenset[pack.Place]] = {}  # by images, height, width
 
     @torch.no_grad()
     def denoise(self, x: Tensor) -> Tensor:
@@ -207,7 +212,8 @@ class CPURunner:
         low, kind = self._low(x), self._kind(x)
         run = torch.ops.fastphi.unet_fwd_bf16 if low else torch.ops.fastphi.unet_fwd
         x = x.detach().to(kind).contiguous()
-        return x, *run(x, *self._network(decoder, kind, low), blocks)
+        few = frozenset() if low else self._few(x)
+        return x, *run(x, *self._network(decoder, kind, low, few), blocks)
 
     def _low(self, x: Tensor) -> bool:
         """Whether AMX computes."""
@@ -218,19 +224,50 @@ class CPURunner:
         dtype = ops.compute_dtype(x)
         return torch.float32 if dtype == torch.bfloat16 else dtype
 
-    def _network(self, decoder: bool, kind: torch.dtype, low: bool = False) -> tuple[Any, ...]:
+    def _few(self, x: Tensor) -> frozenset[pack.Place]:
+        """The layers whose weights so few tiles of 4×4 pixels share that they are transformed where they
+        are used: packed they take four times the memory, from where they come anew for each call."""
+        config, (n, _, height, width) = self.model.config, x.shape
+        if x.dtype != torch.float32 or next(self.model.parameters()).dtype != torch.float32:
+            return frozenset()
+        if (n, height, width) not in self._fews:
+            found = set()
+            for name in (*config.block_names, "dec1"):
+                b = _depth(config, name)
+                tiles = n * -(-(height >> b) // 4) * -(-(width >> b) // 4)
+                for i, layer in enumerate(self.model._modules[name]):
+                    cout, cin = layer.weight.shape[:2]
+                    if tiles <= FEW_TILES and cin >= 16 and cin * cout >= MANY_WEIGHTS:
+                        found.add((name, i))
+            self._fews[n, height, width] = frozenset(found)
+        return self._fews[n, height, width]
+
+    def _network(
+        self,
+        decoder: bool,
+        kind: torch.dtype,
+        low: bool = False,
+        few: frozenset[pack.Place] = frozenset(),
+    ) -> tuple[Any, ...]:
         """What unet_fwd wants to know of the model: sizes, and parameters in network order."""
         config = self.model.config
         parts = ("encoder", "decoder") if decoder else ("encoder",)
-        packed = [tensor for part in parts for tensor in self._parameters(part, kind, low)]
+        packed = [tensor for part in parts for tensor in self._parameters(part, kind, low, few)]
         dec_layers = config.dec_layers if decoder else ()
         sizes = (config.channels, config.enc_layers, config.mid_layers, dec_layers)
         return (*sizes, config.eps, packed)
 
-    def _parameters(self, part: str, kind: torch.dtype, low: bool = False) -> list[Tensor]:
+    def _parameters(
+        self,
+        part: str,
+        kind: torch.dtype,
+        low: bool = False,
+        few: frozenset[pack.Place] = frozenset(),
+    ) -> list[Tensor]:
         """Packed parameters of "encoder" (with the middle block), "decoder", or "transposed", in `kind`.
 
         Three tensors per convolution: weights, bias, gamma; empty for none. low: the weights for AMX.
+        The weights of the layers `few` are the model's own, which nobody need look at.
         """
         blocks = range(1, self.model.config.blocks + 1)
         if part == "decoder":
@@ -238,8 +275,11 @@ class CPURunner:
         else:
             names = [*(f"enc{b}" for b in blocks), "mid"]
         modules = self.model._modules
-        tensors = [p for name in names for p in pack.tensors_of(modules[name])]
-        name = f"{part} AMX" if low else f"{part} {_name(kind)}"
+        own = {place: modules[place[0]][place[1]].weight for place in few if place[0] in names}
+        skipped = set(map(id, own.values()))
+        found = [p for name in names for p in pack.tensors_of(modules[name])]
+        tensors = [p for p in found if id(p) not in skipped]
+        name = (f"{part} AMX" if low else f"{part} {_name(kind)}", few)
         have = self._packed.get(name)
         seen = self.vouched and (
             self.vouched,
@@ -247,7 +287,7 @@ class CPURunner:
             *map(pack.version, tensors),
         )
         if have is not None and seen and have.seen == seen:
-            return have.tensors
+            return have.with_weights(own)
         checksum = pack.checksum(tensors)
         if have is None or have.checksum != checksum:
             made_of = pack.pack_low if low else pack.pack
@@ -256,9 +296,11 @@ class CPURunner:
                 for block in names
                 for n, p in modules[block].named_parameters(block, remove_duplicate=False)
             }
-            have = pack.Packed(made_of(mine, transposed=part == "transposed"), checksum)
+            for block, i in own:
+                mine[f"{block}.{i}.weight"] = torch.empty(0)  # its place
+            have = pack.Packed(made_of(mine, transposed=part == "transposed"), checksum, [*mine])
         self._packed[name] = have._replace(seen=seen)
-        return have.tensors
+        return have.with_weights(own)
 
 
 def _depth(config: UNetConfig, block: str) -> int:

@@ -122,6 +122,25 @@ def test_bits_depend_neither_on_threads_nor_on_company(make_model, config):
     assert torch.equal(image_gradient(x)[[3, 1]], image_gradient(x[[3, 1]]))
 
 
+def test_weights_used_once_are_transformed_there_to_the_same_bits(make_model):
+    """Few tiles: not packed; the same image among many: packed; the runner packs in either case."""
+    model = make_model(channels=(16, 136), mid_layers=2, enc_layers=1, dec_layers=2)
+    x = images(model, 18, 20, 12)  # 6 tiles each in the middle block
+
+    def run(x):
+        leaf = x.clone().requires_grad_()
+        out = model(leaf)
+        out.square().sum().backward()
+        return out.detach(), leaf.grad
+
+    with torch.no_grad():
+        want = model(x)
+    for part in (slice(0, 18), slice(3, 4), slice(4, 14)):
+        out, grad = run(x[part])
+        assert torch.equal(out, want[part])
+        assert torch.equal(grad, run(x)[1][part])
+
+
 def test_gradients_of_some_alone(make_model):
     """Of the image; of one parameter; of what is not frozen: as all together."""
     model = make_model(**CONFIGS["multiples"])

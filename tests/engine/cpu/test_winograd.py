@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastphi
 from fastphi import engine
 from fastphi.engine import ops
 
@@ -132,3 +133,26 @@ def test_nan_stays_in_its_image(make_model):
     x[1] = torch.nan
     got = model(x)
     assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[2]) and got[1].isnan().all()
+
+
+@torch.no_grad()
+def test_weights_that_few_tiles_share_are_the_model_s_own(make_model):
+    """One image's are transformed where they are used, many images' packed: to the same bits; and
+    whoever writes them, in whatever way, is seen at the next call, within `frozen` too."""
+    model = make_model(channels=(16, 136), mid_layers=2, enc_layers=1, dec_layers=2)
+    oracle = make_model(
+        backend="reference", channels=(16, 136), mid_layers=2, enc_layers=1, dec_layers=2
+    ).double()
+    x = image(18, 3, 20, 12).float()  # 6 tiles each in the middle block
+    runner = engine.runner(model, x)
+    assert runner._few(x) == frozenset() and runner._few(x[:1]) == {("mid", 1)}
+    whole, phi = model(x), model.phi(x)
+    close(whole, oracle(x.double()), 1e-5)
+    for i in (0, 7):
+        assert torch.equal(model(x[i : i + 1])[0], whole[i])
+        assert torch.equal(model.phi(x[i : i + 1])[0], phi[i])
+    with fastphi.frozen(model):
+        model.phi(x[:1])
+        model.mid[1].weight.data[5] *= 2
+        changed = model.phi(x[:1])
+    assert not torch.equal(changed, phi[:1]) and torch.equal(changed, model.phi(x)[:1])
