@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,21 @@ def serves(config: UNetConfig, x: Tensor, parameters: list[Tensor]) -> bool:
 
 def denoised(model: Network, x: Tensor) -> Tensor | None:
     """The network's output (N, C, H, W), differentiable; None where it is not served at once."""
+    twin = model.twin()
     named = dict(model.named_parameters(remove_duplicate=False))
-    if not serves(model.config, x, [*named.values()]):
+    parameters = [named.get(name) for name in _names(twin)]  # other parts beside do not count
+    if not serves(model.config, x, [p for p in parameters if p is not None]):
         return None
-    layers = [name.removesuffix(".weight") for name in named if name.endswith(".weight")]
-    three = [named.get(f"{at}.{kind}") for at in layers for kind in ("weight", "bias", "gamma")]
     memory = _memories.setdefault(model, Memory())
-    return _Whole.apply(model.twin(), memory, x, *three)
+    return _Whole.apply(twin, memory, x, *parameters)
+
+
+@functools.lru_cache(maxsize=64)
+def _names(twin: torch.nn.Module) -> list[str]:
+    """Of weight, bias and gamma of each convolution, in network order, whether it has them or not."""
+    weights = [name for name, _ in twin.named_parameters() if name.endswith(".weight")]
+    layers = [name.removesuffix(".weight") for name in weights]
+    return [f"{at}.{kind}" for at in layers for kind in ("weight", "bias", "gamma")]
 
 
 class Memory:
@@ -124,9 +133,7 @@ def _plain_gradients(
     plain.backend, plain.config = "reference", dataclasses.replace(twin.config, residual=False)
     # As views: one input may have been made of another, and that way is not this function's.
     x, *parameters = (t if t is None else t.view_as(t) for t in inputs)
-    layers = [n.removesuffix(".weight") for n, _ in plain.named_parameters() if "weight" in n]
-    names = [f"{at}.{kind}" for at in layers for kind in ("weight", "bias", "gamma")]
-    named = {n: p for n, p in zip(names, parameters, strict=True) if p is not None}
+    named = {n: p for n, p in zip(_names(twin), parameters, strict=True) if p is not None}
     out = torch.func.functional_call(plain, named, (x,))
     wanted: Any = [t for t, needed in zip((x, *parameters), need, strict=True) if needed]
     found = iter(torch.autograd.grad(out, wanted, d_image, create_graph=again, allow_unused=True))

@@ -270,6 +270,18 @@ def test_layer_by_layer_gives_the_same(make_model, monkeypatch):
         close(at_once[name], want.double(), GRADIENT, name)
 
 
+def test_other_parts_beside_do_not_count(make_model):
+    model = make_model(**CONFIGS["multiples"])
+    x = images(model, 1, 8, 8)
+    want = gradients(model, x)
+    model.head = torch.nn.Linear(48, 2)
+    assert whole(model, x)
+    model(x).sum().backward()
+    assert model.head.weight.grad is None
+    del model.head
+    assert all(torch.equal(g, want[k]) for k, g in gradients(model, x).items())
+
+
 def test_a_padded_and_a_strided_image(make_model):
     model = make_model(**CONFIGS["multiples"])
     x = images(model, 2, 16, 24)
