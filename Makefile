@@ -140,7 +140,7 @@ race: setup $(VENV)/test
 	  setarch -R $(BIN)/pytest -q -p no:cacheprovider --capture=sys --deselect \
 	  tests/engine/test_ops.py::test_one_openmp_runtime tests/engine/test_ops.py tests/engine/test_weights.py \
 	  tests/engine/cpu/test_runner.py tests/engine/cpu/test_winograd.py tests/engine/cpu/test_training.py \
-  tests/sampling/test_guidance.py
+	  tests/sampling/test_guidance.py
 
 # Other cases each time, for so many minutes; the ops as the sanitized build on each instruction set.
 MINUTES ?= 10

@@ -176,11 +176,15 @@ void launch_layer_dgrad(const DgradJob<T>& d) {
   Buffer<T> dots(d.d_s ? d.n * units : 0);
   job.dots = d.d_s ? dots.get() : nullptr;
   run_conv(job);
-  if (!d.d_s) return;
-  for (i64 n = 0; n < d.n; ++n) {
+  if (d.d_s) sum_units<T>(dots, d.n, units, d.d_s);
+}
+
+template <class T>
+void sum_units(const T* partial, i64 n, i64 units, T* out) {
+  for (i64 i = 0; i < n; ++i) {
     double sum = 0;
-    for (i64 u = n * units; u < (n + 1) * units; ++u) sum += dots[u];
-    d.d_s[n] = static_cast<T>(sum);
+    for (i64 u = i * units; u < (i + 1) * units; ++u) sum += partial[u];
+    out[i] = static_cast<T>(sum);
   }
 }
 
@@ -316,6 +320,7 @@ void launch_upsample_bwd(UpsampleJob<T> job) {
   template void launch_layer_dgrad(const DgradJob<T>&);                                   \
   template void norm_coefficients(i64, i64, const T*, const T*, const T*, T*);            \
   template void sum_rows(const T*, i64, i64, T*);                                         \
+  template void sum_units(const T*, i64, i64, T*);                                        \
   template void launch_layer_grad(LayerGradJob<T>, T*, T*);                               \
   template void launch_grad_input(i64, i64, i64, i64, const T*, const GradInput<T>&, T*); \
   template void launch_weight_grad(WeightGradJob<T>, i64, i64, T*);                       \

@@ -68,6 +68,10 @@ void launch_layer_grad(LayerGradJob<T> job, T* d_bias, T* d_gamma);
 template <class T>
 void sum_rows(const T* partial, i64 rows, i64 c, T* out);
 
+// out (n,): sums of each image's units, in double and in order.
+template <class T>
+void sum_units(const T* partial, i64 n, i64 units, T* out);
+
 // dz (N, H, W, C) of a layer inside a network, for kernels that cannot read a GradInput.
 template <class T>
 void launch_grad_input(i64 n, i64 h, i64 w, i64 c, const T* z, const GradInput<T>& grad, T* dz);

@@ -56,8 +56,9 @@ class Backward {
     if (job_.need_input) make_outputs();
     if (job_.need_weight) with_weights();
     for (int s = 0; job_.need_input && s < job_.sources; ++s) {
-      if (!job_.need_weight) run_winograd(output_[s]);
-      add_dots(s);
+      const ConvJob<float>& out = output_[s];
+      if (!job_.need_weight) run_winograd(out);
+      if (out.dots) sum_units<float>(out.dots, job_.n, strips_.per_image * out.panels, job_.d_s[s]);
     }
   }
 
@@ -87,16 +88,6 @@ class Backward {
     }
   }
 
-  void add_dots(int s) const {
-    if (!output_[s].dots) return;
-    const i64 units = strips_.per_image * output_[s].panels;
-    for (i64 n = 0; n < job_.n; ++n) {
-      double sum = 0;
-      for (i64 u = n * units; u < (n + 1) * units; ++u) sum += dots_[s][u];
-      job_.d_s[s][n] = static_cast<float>(sum);
-    }
-  }
-
   // Panels [begin, end) of a source's gradient, of the tiles that v holds; as Launch in conv.cpp.
   void output(int s, i64 first, i64 last, i64 begin, i64 end, i64 group, const WeightPart& part) {
     KeptBuffer<float, BACK> m(WINO_POINTS * part.tiles * 2 * kernels<float>().lanes * group);
@@ -115,8 +106,7 @@ class Backward {
       grad_.bias = bias, grad_.gain = gain;
     }
     // Slices, each a thread's own from the first transform to the last product, where the products
-    // are few and the tiles many: what another core has just written is slow to read. Few slices,
-    // since each one's products come from and go to memory once.
+    // are few and the tiles many: what another core has just written is slow to read.
     constexpr i64 MEMORY = i64{1} << 24, MOST = 16;  // bytes of products, slices
     const i64 slices = std::min({MOST, MEMORY / (WINO_POINTS * 4 * weight_.cin * job_.cout),
                                  strips_.before(total_) / SLICE, total_});
