@@ -24,8 +24,7 @@ FEWEST = 16  # channels that Winograd's convolutions sum over
 def serves(config: UNetConfig, x: Tensor, parameters: list[Tensor]) -> bool:
     """Whether the whole network can be served at once; where not, layer by layer."""
     return (
-        not torch.compiler.is_compiling()  # which sees layers, and fuses what is between them
-        and all(t.dtype == torch.float32 for t in (x, *parameters))
+        all(t.dtype == torch.float32 for t in (x, *parameters))
         and ops.compute_dtype(x) == torch.float32
         and min(config.channels) >= FEWEST
         and not config.upsample_bias
@@ -34,6 +33,8 @@ def serves(config: UNetConfig, x: Tensor, parameters: list[Tensor]) -> bool:
 
 def denoised(model: Network, x: Tensor) -> Tensor | None:
     """The network's output (N, C, H, W), differentiable; None where it is not served at once."""
+    if torch.compiler.is_compiling():  # it sees layers, and fuses what is between them
+        return None
     twin = model.twin()
     named = dict(model.named_parameters(remove_duplicate=False))
     parameters = [named.get(name) for name in _names(twin)]  # other parts beside do not count
