@@ -49,6 +49,7 @@ int64_t match_steps_bf16(Tensor x, Tensor m, Tensor v, Tensor losses, Tensor upd
 Tensor pack_conv_weights(Tensor weight, int64_t own, bool transposed);
 Tensor pack_upsample_weights(Tensor weight);
 Tensor in_large_pages(Tensor x);
+void move_to_large_pages(std::vector<Tensor> tensors);
 int64_t weights_checksum(std::vector<Tensor> parameters);
 void weights_content(std::vector<Tensor> parameters, Tensor sums);
 double largest_magnitude(Tensor x);

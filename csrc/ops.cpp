@@ -51,6 +51,7 @@ STABLE_TORCH_LIBRARY(fastphi, m) {
   m.def("pack_conv_weights(Tensor weight, int own, bool transposed) -> Tensor");
   m.def("pack_upsample_weights(Tensor weight) -> Tensor");
   m.def("in_large_pages(Tensor x) -> Tensor");
+  m.def("move_to_large_pages(Tensor[] tensors) -> ()");
   m.def("weights_checksum(Tensor[] parameters) -> int");
   m.def("weights_content(Tensor[] parameters, Tensor(a!) sums) -> ()");
   m.def("largest_magnitude(Tensor x) -> float");
@@ -133,6 +134,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastphi, CPU, m) {
   m.impl("pack_conv_weights", TORCH_BOX(&pack_conv_weights));
   m.impl("pack_upsample_weights", TORCH_BOX(&pack_upsample_weights));
   m.impl("in_large_pages", TORCH_BOX(&in_large_pages));
+  m.impl("move_to_large_pages", TORCH_BOX(&move_to_large_pages));
   m.impl("weights_checksum", TORCH_BOX(&weights_checksum));
   m.impl("weights_content", TORCH_BOX(&weights_content));
   m.impl("largest_magnitude", TORCH_BOX(&largest_magnitude));

@@ -1,6 +1,7 @@
 // Weights in the order in which the kernels read them, Winograd's transformed (direct/conv.h): done
 // once per model by the runner, and again where they have changed.
 #include <cstring>
+#include <set>
 
 #include "../operators.h"
 #include "direct/conv.h"
@@ -53,6 +54,29 @@ Tensor in_large_pages(Tensor x) {
   prefer_huge_pages(out.mutable_data_ptr(), bytes);
   if (bytes) std::memcpy(out.mutable_data_ptr(), x.const_data_ptr(), bytes);
   return out;
+}
+
+// Tensors that are read whole again and again, moved into large pages by the system, which keeps
+// their addresses and every bit: in a virtual machine a page that is not in the tables' cache costs
+// about a microsecond, so 13,000 small ones of the default network's weights as much as a layer.
+// Once per tensor: moving takes some milliseconds per page. What the system cannot move stays.
+void move_to_large_pages(std::vector<Tensor> tensors) {
+#if defined(__linux__)
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1 and later
+  std::set<uintptr_t> pages;
+  for (const Tensor& t : tensors) {
+    check_storage(t, "tensors");
+    STD_TORCH_CHECK(t.device().type() == torch::headeronly::DeviceType::CPU && t.is_contiguous(),
+                    "tensors: expected dense CPU tensors");
+    const auto first = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    const uintptr_t last = first + t.numel() * t.element_size();
+    for (uintptr_t page = first / HUGE_PAGE; page * HUGE_PAGE < last; ++page) pages.insert(page);
+  }
+  for (const uintptr_t page : pages)
+    madvise(reinterpret_cast<void*>(page * HUGE_PAGE), HUGE_PAGE, COLLAPSE);
+#else
+  (void)tensors;
+#endif
 }
 
 }  // namespace fastphi

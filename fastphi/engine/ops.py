@@ -26,7 +26,7 @@ from fastphi.engine import op_rules
 
 HOW = "build it with: pip install --no-build-isolation -e ."
 # what the runner calls beside the differentiable ops: the latest of it tells an old library
-RUNNER_OPS = ("unet_train_bwd", "weights_content", "in_large_pages")
+RUNNER_OPS = ("unet_train_bwd", "weights_content", "in_large_pages", "move_to_large_pages")
 
 
 def _load(name: str) -> str | None:
@@ -295,6 +295,15 @@ def weights_content(parameters: list[Tensor], sums: Tensor) -> None:
     4 or 8 bytes a number. sums: (P, 1024) int64, written.
     """
     _op("weights_content")(parameters, sums)
+
+
+def move_to_large_pages(tensors: list[Tensor]) -> None:
+    """Moves what is read whole again and again into pages of 2 MB, which the processor finds sooner
+    (csrc/cpu/pack_weights.cpp); addresses and values stay. Once: it takes some milliseconds per page.
+    Nothing happens where it would not matter, or the system cannot."""
+    dense = [t for t in tensors if t.device.type == "cpu" and t.is_contiguous()]
+    if missing() is None and sum(t.numel() * t.element_size() for t in dense) >= 1 << 22:
+        torch.ops.fastphi.move_to_large_pages(dense)
 
 
 def new_stream(device: int) -> int:

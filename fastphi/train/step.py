@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastphi import noise
+from fastphi.engine import ops
 from fastphi.train.process import World
 from fastphi.train.record import RunState
 
@@ -75,6 +76,7 @@ class Step:
         self.parameters = list(run.model.parameters())
         self.device = self.parameters[0].device
         self._known: list[tuple[int, float]] = []
+        self._moved = False  # what the optimizer keeps, into large pages
 
     def draw(self, step: int) -> Any:
         """The step's images, their noise levels and their noise. By a thread of its own."""
@@ -99,6 +101,11 @@ class Step:
         """The parameters by the gradient."""
         self._set_lr()
         self.run.optimizer.step()
+        if not self._moved:
+            self._moved = True
+            ops.move_to_large_pages(
+                [v for state in self.run.optimizer.state.values() for v in state.values()]
+            )
         self._count_write()
         self._known.append((self.run.step + 1, self._loss))
 

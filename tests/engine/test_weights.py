@@ -176,6 +176,24 @@ def test_the_largest_value_is_found_whatever_the_layout():
         assert largest(t) == float("inf")
 
 
+def test_what_is_read_again_and_again_moves_and_keeps_its_place_and_bits(x):
+    """Weights of 8 MB, which are looked at whole at each call, go into large pages at the second one."""
+    model = fastphi.UNet(fastphi.UNetConfig(channels=(32, 512))).requires_grad_(False)
+    weights = list(model.parameters())
+    places, bits = [p.data_ptr() for p in weights], [p.clone() for p in weights]
+    want = model(x.float())
+    runner = engine.runner(model, x.float())
+    for seen in (False, True, True):
+        assert [have.moved for have in runner._packed.values()] == [seen, seen]
+        assert torch.equal(model(x.float()), want)
+    assert [p.data_ptr() for p in weights] == places
+    assert all(map(torch.equal, weights, bits))
+    weights[3].data[0] += 1  # and a write to where they are now is seen
+    assert not torch.equal(model(x.float()), want)
+    with pytest.raises(RuntimeError, match="dense"):
+        torch.ops.fastphi.move_to_large_pages([torch.ones(2, 3).t()])
+
+
 def test_only_a_model_can_be_frozen():
     with (
         pytest.raises(TypeError, match="model: expected a fastphi.UNet, got int"),

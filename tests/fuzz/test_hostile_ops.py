@@ -99,6 +99,7 @@ def others() -> Iterator[Call]:
     flags = torch.ones(n, dtype=torch.int32)
     settings = torch.tensor([0.01, 0.0, 3.0], dtype=torch.float64)
     yield f.in_large_pages.default, [r(7, 9)]
+    yield f.move_to_large_pages.default, [[r(7, 9), r(3).bfloat16()]]
     lanes = torch.zeros(2, 1024, dtype=torch.int64)
     yield f.weights_content.default, [[r(7, 9), r(3).bfloat16()], lanes]
     yield f.largest_magnitude.default, [r(2, 3, 4, 4)]

@@ -20,6 +20,7 @@ class Packed(NamedTuple):
     checksum: int
     names: list[str]
     seen: Any = None
+    moved: bool = False  # the model's own into large pages: done at the second look
 
     def with_weights(self, own: dict[Place, Tensor]) -> list[Tensor]:
         """The tensors, with weights that are not packed, in torch's layout, in their places."""

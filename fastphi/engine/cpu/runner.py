@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from fastphi.config import UNetConfig
 
 
-# Of a layer whose weights are not packed (winograd_fresh in csrc/cpu/winograd/conv.cpp).
-FEW_TILES, MANY_WEIGHTS = 64, 1 << 14
+# Of a layer whose weights are not packed: here they are packed once, so fewer tiles than where each step
+# packs anew (winograd_fresh in csrc/cpu/winograd/conv.cpp).
+FEW_TILES, MANY_WEIGHTS = 16, 1 << 14
 
 
 def refuses(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -299,6 +300,9 @@ class CPURunner:
             for block, i in own:
                 mine[f"{block}.{i}.weight"] = torch.empty(0)  # its place
             have = pack.Packed(made_of(mine, transposed=part == "transposed"), checksum, [*mine])
+        elif not have.moved:
+            ops.move_to_large_pages(tensors)
+            have = have._replace(moved=True)
         self._packed[name] = have._replace(seen=seen)
         return have.with_weights(own)
 

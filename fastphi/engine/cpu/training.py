@@ -41,6 +41,9 @@ def denoised(model: Network, x: Tensor) -> Tensor | None:
     if not serves(model.config, x, [p for p in parameters if p is not None]):
         return None
     memory = _memories.setdefault(model, Memory())
+    memory.steps += 1
+    if memory.steps == 2:  # there will be more
+        ops.move_to_large_pages([p for p in parameters if p is not None])
     return _Whole.apply(twin, memory, x, *parameters)
 
 
@@ -58,6 +61,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._free: dict[str, np.ndarray] = {}
+        self.steps = 0
 
     def take(self, kind: str, size: int) -> Tensor:
         """(size,) float32, its values undefined."""
