@@ -29,17 +29,23 @@ class Job:
 
     model: UNet
     images: Images
-    indices: np.ndarray  # (N,) the image of each row
+    indices: np.ndarray | None  # (N,) the image of each row; None: row i is image i
     blocks: tuple[str, ...]
     draws: int
     seed: int
     dtype: torch.dtype  # computed in
     on_device: bool  # whether images are decoded and noise is made by the GPU engine
 
+    def __len__(self) -> int:
+        return len(self.images) if self.indices is None else len(self.indices)
+
+    def images_of(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.indices is None else self.indices[rows]
+
 
 def means_of(job: Job, sigma: float, rows: np.ndarray) -> Means:
     """E_z[ā] of some rows: {block: (n, C) float32}; draws are summed in order, in float64."""
-    return checked(average(job, sigma, *read(job, rows)), job.indices[rows], sigma)
+    return checked(average(job, sigma, *read(job, rows)), job.images_of(rows), sigma)
 
 
 def read(job: Job, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -47,7 +53,7 @@ def read(job: Job, rows: np.ndarray) -> tuple[Tensor, Tensor]:
 
     For a GPU in pinned memory: a copy from other memory waits for all that the GPU has to do.
     """
-    numbers = job.indices[rows]
+    numbers = job.images_of(rows)
     x = job.images.stored(numbers) if job.on_device else job.images.batch(numbers)
     ids = torch.from_numpy(np.ascontiguousarray(numbers))
     if next(job.model.parameters()).is_cuda:

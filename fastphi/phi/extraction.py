@@ -25,6 +25,7 @@ from fastphi.phi.chunk import MAX_DRAWS, Job, Means, average, checked, means_of,
 from fastphi.phi.store import (
     FORMAT,
     VERSION,
+    Chunk,
     PhiStore,
     Writer,
     done_file,
@@ -85,14 +86,11 @@ def extract(
     job = _job(model, images, indices, blocks, draws, seed, dtype)
     _check_workers(model, workers)
     levels = _levels(sigmas, model)
-    given = None if indices is None else job.indices
     with engine.frozen(model):  # the weights that the manifest names are those that are used
-        manifest = _manifest(job, levels, given)
+        manifest = _manifest(job, levels)
         if out is None:
             return _extract_in_memory(job, manifest, levels, batch, workers, progress)
-        return _extract_to(
-            Path(out).absolute(), job, manifest, levels, given, batch, workers, progress
-        )
+        return _extract_to(Path(out).absolute(), job, manifest, levels, batch, workers, progress)
 
 
 def _extract_to(
@@ -100,7 +98,6 @@ def _extract_to(
     job: Job,
     manifest: dict[str, Any],
     levels: Sequence[float],
-    indices: np.ndarray | None,
     batch: int,
     workers: int,
     progress: bool,
@@ -108,12 +105,11 @@ def _extract_to(
     if finished(out, manifest):
         return PhiStore(out)
     with files.locked(out, "out", mark="manifest.json"):
-        writer = Writer(out, manifest, indices)
-        missing = PhiStore(out).missing()
-        todo = {s: missing[s] for s in levels if s in missing}
-        with contextlib.closing(_run(job, todo, batch, workers, progress)) as chunks:
-            for sigma, rows, means in chunks:
-                writer.write(sigma, rows, means)
+        with Writer(out, manifest, job.indices) as writer:
+            work = _run(job, PhiStore(out), levels, batch, workers, progress)
+            with contextlib.closing(work) as chunks:
+                for sigma, rows, means in chunks:
+                    writer.write(sigma, rows, means)
     return PhiStore(out)
 
 
@@ -125,33 +121,39 @@ def _extract_in_memory(
     workers: int,
     progress: bool,
 ) -> PhiStore:
-    n = len(job.indices)
-    arrays: dict[str, np.ndarray] = {"indices.npy": job.indices}
+    n = len(job)
+    arrays: dict[str, np.ndarray] = {}
+    if job.indices is not None:
+        arrays["indices.npy"] = job.indices
     for sigma in levels:
         arrays[done_file(sigma)] = np.zeros(n, np.uint8)
         for block, width in manifest["blocks"].items():
             arrays[phi_file(sigma, block)] = np.zeros((n, width), np.float32)
-    todo = {sigma: np.arange(n) for sigma in levels}
-    for sigma, rows, means in _run(job, todo, batch, workers, progress):
+    store = PhiStore.in_memory(manifest, arrays)
+    for sigma, rows, means in _run(job, store, levels, batch, workers, progress):
         for block, values in means.items():
             arrays[phi_file(sigma, block)][rows] = values
         arrays[done_file(sigma)][rows] = 1
-    return PhiStore.in_memory(manifest, arrays)
+    return store
 
 
 # --- all chunks, here or in several processes -----------------------------------------------------
 
 
 def _run(
-    job: Job, todo: dict[float, np.ndarray], batch: int, workers: int, progress: bool
+    job: Job,
+    store: PhiStore,
+    levels: Sequence[float],
+    batch: int,
+    workers: int,
+    progress: bool,
 ) -> Generator[tuple[float, np.ndarray, Means], None, None]:
-    """(σ, rows, means) of every chunk, in the order in which they are done."""
-    chunks = [
-        (s, rows[i : i + batch]) for s, rows in todo.items() for i in range(0, len(rows), batch)
-    ]
-    if not chunks:
+    """(σ, rows, means) of every chunk of rows that the store lacks, in the order in which they are done."""
+    total = sum(map(store.lacking, levels))
+    if not total:
         return
-    bar = _bar(sum(len(rows) for _, rows in chunks), progress)
+    chunks = store.chunks(levels, batch)
+    bar = _bar(total, progress)
     try:
         done: Iterator[Any]
         if workers == 1:
@@ -165,27 +167,28 @@ def _run(
         bar(None)
 
 
-def _here(job: Job, chunks: list[Any]) -> Iterator[tuple[Any, Means]]:
-    """Chunks in this process. A GPU is never waited for: while it computes one chunk the next is read
-    and queued, and the one before is written."""
-    if not next(job.model.parameters()).is_cuda:
-        yield from ((chunk, means_of(job, *chunk)) for chunk in chunks)
-        return
-    queued: deque[tuple[Any, dict[str, Tensor], torch.cuda.Event]] = deque()
+def _here(job: Job, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Means]]:
+    """Chunks in this process, whose images are read ahead. A GPU is never waited for: while it computes
+    one chunk the next is queued, and the one before is written."""
+    queued: deque[tuple[Chunk, dict[str, Tensor], torch.cuda.Event | None]] = deque()
+    cuda = next(job.model.parameters()).is_cuda
 
-    def finish() -> tuple[Any, Means]:
+    def finish() -> tuple[Chunk, Means]:
         (sigma, rows), average, there = queued.popleft()
-        there.synchronize()
-        return (sigma, rows), checked(average, job.indices[rows], sigma)
+        if there is not None:
+            there.synchronize()
+        return (sigma, rows), checked(average, job.images_of(rows), sigma)
 
-    reader = processes.prefetched(lambda chunk: read(job, chunk[1]), chunks)
+    reader = processes.prefetched(lambda chunk: (chunk, read(job, chunk[1])), chunks)
     with contextlib.closing(reader):
-        for chunk, x in zip(chunks, reader, strict=True):
-            found = average(job, chunk[0], *x)
-            stream = torch.cuda.current_stream(next(iter(found.values())).device)
-            found = {block: v.to("cpu", non_blocking=True) for block, v in found.items()}
-            queued.append((chunk, found, stream.record_event()))
-            if len(queued) > 1:
+        for chunk, x in reader:
+            found, there = average(job, chunk[0], *x), None
+            if cuda:
+                stream = torch.cuda.current_stream(next(iter(found.values())).device)
+                found = {block: v.to("cpu", non_blocking=True) for block, v in found.items()}
+                there = stream.record_event()
+            queued.append((chunk, found, there))
+            if len(queued) > cuda:
                 yield finish()
         while queued:
             yield finish()
@@ -215,8 +218,8 @@ def _job(
             f"images: {opened.channels} channel(s), the model takes {model.config.image_channels}"
         )
     validate.size(opened.shape[1:], model.config, "images")
-    rows = np.arange(len(opened)) if indices is None else row_numbers(indices, len(opened))
-    if len(np.unique(rows)) != len(rows):
+    rows = None if indices is None else row_numbers(indices, len(opened))
+    if rows is not None and not _distinct(rows, len(opened)):
         raise ValueError("indices: expected distinct image numbers")
     known = model.config.block_names
     wanted = known if blocks == "all" else (blocks,) if isinstance(blocks, str) else tuple(blocks)
@@ -230,6 +233,13 @@ def _job(
     names, dtype = tuple(b for b in known if b in wanted), dtype or own
     on_device = _serving(model, dtype) == "cuda"
     return Job(model, opened, rows, names, draws, seed, dtype, on_device)
+
+
+def _distinct(rows: np.ndarray, n: int) -> bool:
+    """Of whole numbers in [0, n), without sorting millions of them."""
+    seen = np.zeros(n, bool)
+    seen[rows] = True
+    return int(seen.sum()) == len(rows)
 
 
 def _serving(model: UNet, dtype: torch.dtype) -> str:
@@ -268,7 +278,7 @@ def _levels(sigmas: Sequence[float] | None, model: UNet) -> tuple[float, ...]:
     return levels
 
 
-def _manifest(job: Job, levels: tuple[float, ...], indices: np.ndarray | None) -> dict[str, Any]:
+def _manifest(job: Job, levels: tuple[float, ...]) -> dict[str, Any]:
     config = job.model.config
     widths = dict(
         zip(config.block_names, (*config.channels, *config.channels[-2:0:-1]), strict=True)
@@ -283,8 +293,8 @@ def _manifest(job: Job, levels: tuple[float, ...], indices: np.ndarray | None) -
         "dtype": str(job.dtype).removeprefix("torch."),
         "data": job.images.sha256,
         "data_name": path.name if path else "in memory",
-        "rows": len(job.indices),
-        "indices": None if indices is None else hashlib.sha256(indices.tobytes()).hexdigest(),
+        "rows": len(job),
+        "indices": None if job.indices is None else hashlib.sha256(job.indices.data).hexdigest(),
         "sigmas": list(levels),
         "draws": job.draws,
         "blocks": {block: widths[block] for block in job.blocks},

@@ -2,11 +2,12 @@
 
     manifest.json               what decides the numbers: model, data, seed, levels, blocks, ...
     phi_mid_sigma0.5.npy        (N, C) float32, `np.load(..., mmap_mode="r")` reads it
-    done_sigma0.5.npy           (N,) uint8: 1 where the rows of this level are there
+    done_sigma0.5.npy           (N,) uint8: 1 where the rows of this level are there (2: on their way)
+    .written-on                 which run of which machine writes, or was stopped while it wrote
     indices.npy                 (N,) int64, image number of each row; absent: row i is image i
 
-A row is written before it is marked done, and an array exists in full before the manifest names it:
-whatever moment a writer dies at, the store is whole and says itself what is missing.
+A row is on the disk before it is marked done, and an array exists in full before the manifest names it:
+whatever moment a writer, or the machine, dies at, the store is whole and says itself what is missing.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,6 +45,12 @@ _FIELDS: dict[str, validate.Check] = {
     "blocks": validate.table(validate.count, re.compile(r"(enc|dec)\d+|mid").fullmatch),
     "seed": validate.seed,
 }
+
+
+Chunk = tuple[float, np.ndarray]  # a noise level, and rows
+_WINDOW = 1 << 20  # rows that are looked through at a time
+_SECONDS, _BYTES = 1.0, 1 << 26  # between two waits for the disk, of some milliseconds each
+_WRITTEN, _DONE = 2, 1  # marks of a row: handed to the system; on the disk
 
 
 def phi_file(sigma: float, block: str) -> str:
@@ -115,12 +123,31 @@ class PhiStore:
 
     def missing(self) -> dict[float, np.ndarray]:
         """The rows that are not there yet, of each noise level that lacks any."""
-        rows = {s: np.flatnonzero(self._array(done_file(s)) == 0) for s in self.sigmas}
+        rows = {s: np.flatnonzero(self._array(done_file(s)) != _DONE) for s in self.sigmas}
         return {s: r for s, r in rows.items() if len(r)}
+
+    def lacking(self, sigma: float) -> int:
+        """How many rows of a stored level are not there yet."""
+        return int(np.count_nonzero(self._array(done_file(sigma)) != _DONE))
+
+    def chunks(self, sigmas: Iterable[float], batch: int) -> Iterator[Chunk]:
+        """The same by level, at most `batch` rows at a time, found as they are asked for: a list of the
+        chunks of ten million images would take longer than the first of them."""
+        for sigma in sigmas:
+            done, left = self._array(done_file(sigma)), np.empty(0, np.int64)
+            for start in range(0, len(done), _WINDOW):
+                here = start + np.flatnonzero(done[start : start + _WINDOW] != _DONE)
+                left = np.concatenate((left, here))
+                whole = len(left) - len(left) % batch
+                for i in range(0, whole, batch):
+                    yield sigma, left[i : i + batch]
+                left = left[whole:]
+            if len(left):
+                yield sigma, left
 
     @property
     def complete(self) -> bool:
-        return all(bool(np.all(self._array(done_file(s)))) for s in self.sigmas)
+        return not any(map(self.lacking, self.sigmas))
 
     def array(self, sigma: float, block: str = "mid", *, partial: bool = False) -> np.ndarray:
         """E_z[ā] of every image at one stored level: (N, C) float32, a read-only memory map.
@@ -130,7 +157,7 @@ class PhiStore:
         """
         sigma = self._level(sigma)
         validate.choice(block, "block", self.blocks)
-        if not partial and (lacking := int(np.sum(self._array(done_file(sigma)) == 0))):
+        if not partial and (lacking := self.lacking(sigma)):
             raise ValueError(
                 f"store {self.path}: {lacking} of {len(self)} rows at sigma {sigma:g} are missing; "
                 "run the same extract again to go on"
@@ -147,7 +174,7 @@ class PhiStore:
         if indices is None:
             return torch.from_numpy(np.array(array))
         rows = row_numbers(indices, len(self))
-        if len(lacking := rows[self._array(done_file(sigma))[rows] == 0]):
+        if len(lacking := rows[self._array(done_file(sigma))[rows] != _DONE]):
             raise ValueError(f"store {self.path}: row {lacking[0]} at sigma {sigma:g} is missing")
         return torch.from_numpy(np.array(array[rows]))
 
@@ -188,12 +215,16 @@ def finished(path: Path, manifest: dict[str, Any]) -> bool:
         return False
     store = PhiStore(path)
     _agree(store.manifest, manifest, path)
-    lacking = store.missing()
-    return all(s in store.sigmas and s not in lacking for s in manifest["sigmas"])
+    return all(s in store.sigmas and not store.lacking(s) for s in manifest["sigmas"])
 
 
 class Writer:
-    """Writes a store; hold `files.locked` on its folder. Goes on from what is there."""
+    """Writes a store; hold `files.locked` on its folder. Goes on from what is there.
+
+    A row is marked twice: when it is handed to the system, which keeps it whatever becomes of this
+    process, and, once a second, when it is on the disk. So a process that is killed loses no row, and
+    a machine that stops those of a second. A context manager: at its end all is on the disk.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any], indices: np.ndarray | None) -> None:
         self.path = path
@@ -218,16 +249,76 @@ class Writer:
             _allocate(path / done_file(sigma), (rows,), np.uint8)
         if new:
             files.write_json(path / _MANIFEST, self.manifest)
+        # of the level that is being written
+        self._maps: dict[float, tuple[dict[str, np.memmap], np.memmap]] = {}
+        self._pending: list[np.ndarray] = []  # rows that are written and not marked
+        self._bytes, self._flushed = 0, time.monotonic()
+        self._mark = path / ".written-on"  # there while something may not be on the disk
+        self._settle()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()
+        self._mark.unlink(missing_ok=True)
 
     def write(self, sigma: float, rows: np.ndarray, means: Mapping[str, np.ndarray]) -> None:
-        """Put {block: (n, C)} at `rows`, then mark them done."""
+        """Put {block: (n, C)} at `rows`, then mark them."""
+        if sigma not in self._maps:
+            self.flush()
+            self._maps = {sigma: self._open(sigma)}
+        phi, done = self._maps[sigma]
         for block, values in means.items():
-            array = reading.array(self.path / phi_file(sigma, block), "out", mode="r+")
-            array[rows] = values
-            array.flush()  # type: ignore[attr-defined]
-        done = reading.array(self.path / done_file(sigma), "out", mode="r+")
-        done[rows] = 1
-        done.flush()  # type: ignore[attr-defined]
+            phi[block][rows] = values
+            self._bytes += values.nbytes
+        done[rows] = _WRITTEN
+        self._pending.append(rows)
+        if self._bytes >= _BYTES or time.monotonic() - self._flushed >= _SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Waits until what was written is on the disk, and marks it so."""
+        for phi, done in self._maps.values():
+            for array in phi.values():
+                array.flush()
+            for rows in self._pending:
+                done[rows] = _DONE
+            done.flush()
+        self._pending, self._bytes, self._flushed = [], 0, time.monotonic()
+
+    def _settle(self) -> None:
+        """Rows that a writer before this one did not see on the disk: they are there if the machine that
+        it ran on is this one, and has not stopped since."""
+        boot = _boot()
+        kept = boot is not None and self._mark.exists() and self._mark.read_text() == boot
+        for sigma in self.manifest["sigmas"]:
+            phi, done = self._open(sigma)
+            rows = np.flatnonzero(done == _WRITTEN)
+            if not len(rows):
+                continue
+            for array in phi.values() if kept else ():
+                array.flush()
+            done[rows] = _DONE if kept else 0
+            done.flush()
+        if boot is not None:
+            with files.atomic_write(self._mark) as temporary:
+                temporary.write_text(boot)
+
+    def _open(self, sigma: float) -> tuple[dict[str, np.memmap], np.memmap]:
+        phi = {block: self._map(phi_file(sigma, block)) for block in self.manifest["blocks"]}
+        return phi, self._map(done_file(sigma))
+
+    def _map(self, name: str) -> np.memmap:
+        return cast(np.memmap, reading.array(self.path / name, "out", mode="r+"))
+
+
+def _boot() -> str | None:
+    """Of the running system, since it started; None where it has no name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return None
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: Any) -> None:

@@ -3,6 +3,7 @@ reading ahead, by a thread."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -10,7 +11,7 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -39,21 +40,25 @@ def prefetched(
 
 
 def spread(
-    work: Callable[..., Any], state: Any, items: Sequence[tuple[Any, ...]], workers: int
+    work: Callable[..., Any], state: Any, items: Iterable[tuple[Any, ...]], workers: int
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """(item, work(state, *item)) of every item, in the order in which they are done.
 
     The state is sent once to each process; this one's threads are divided among them; two items per
     process are under way at any time. RuntimeError where a process dies.
     """
+    items = iter(items)
+    first = [*itertools.islice(items, workers)]  # with fewer items fewer processes
+    if not first:
+        return
     threads = max(1, torch.get_num_threads() // workers)
     # In bytes: multiprocessing's own pickle would move a model's parameters to shared memory.
     setup = (work, pickle.dumps(state), threads)
     with futures.ProcessPoolExecutor(
-        min(workers, len(items)), multiprocessing.get_context("spawn"), _start, setup
+        len(first), multiprocessing.get_context("spawn"), _start, setup
     ) as pool:
         under_way: dict[futures.Future[Any], tuple[Any, ...]] = {}
-        waiting = iter(items)
+        waiting = itertools.chain(first, items)
         try:
             while True:
                 while len(under_way) < 2 * workers and (item := next(waiting, None)) is not None:

@@ -47,13 +47,13 @@ def store(tmp_path) -> Path:
     """Row i belongs to group i mod 6."""
     fields = {"rows": N, "indices": None, "sigmas": [0.5], "draws": 1, "blocks": {"mid": WIDTH}}
     known = {"format": FORMAT, "version": VERSION, "seed": 0, "model": "m", "data": "d"}
-    writer = Writer(tmp_path, fields | known, None)
     rng = np.random.default_rng(0)
     centre = rng.random((GROUPS, WIDTH))
-    for start in range(0, N, 50_000):
-        at = np.arange(start, start + 50_000)
-        values = centre[at % GROUPS] + 0.02 * rng.random((len(at), WIDTH), np.float32)
-        writer.write(0.5, at, {"mid": values.astype(np.float32)})
+    with Writer(tmp_path, fields | known, None) as writer:
+        for start in range(0, N, 50_000):
+            at = np.arange(start, start + 50_000)
+            values = centre[at % GROUPS] + 0.02 * rng.random((len(at), WIDTH), np.float32)
+            writer.write(0.5, at, {"mid": values.astype(np.float32)})
     return tmp_path
 
 

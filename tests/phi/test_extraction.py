@@ -19,6 +19,7 @@ from fastphi import checkpoint, noise, reference
 from fastphi.data import MemoryImages
 from fastphi.phi import AUTHORS_SIGMAS, PhiStore, extract
 from fastphi.phi import chunk as phi_chunk
+from fastphi.phi import store as phi_store
 from fastphi.phi.store import done_file, phi_file
 from fastphi.support import files
 
@@ -390,11 +391,59 @@ def test_killed_at_any_moment_and_resumed(make_model, images, folder, backend, c
         for _ in range(chunk):
             assert process.stdout.readline() == "chunk\n"
         process.kill()
-    store = PhiStore(folder / "store")
-    assert chunk - 1 <= 2 * N - sum(map(len, store.missing().values())) < 2 * N
-    model, options = make_model(backend=backend), {"sigmas": [0.2, 0.6], "draws": 3}
+    out, levels = folder / "store", (0.2, 0.6)
+    written = sum(int(np.count_nonzero(np.load(out / done_file(s)))) for s in levels)
+    assert chunk - 4 <= written < 2 * N  # three are read ahead
+    model, options = make_model(backend=backend), {"sigmas": levels, "draws": 3, "batch": 1}
     torch.set_num_threads(threads(backend))
-    same(extract(model, images, folder / "store", **options), extract(model, images, **options))
+    rest = Stops(images, 2 * N - written)  # what was written is kept
+    same(extract(model, rest, out, **options), extract(model, images, **options))
+
+
+@pytest.mark.skipif(not Path("/proc/sys/kernel/random/boot_id").exists(), reason="needs Linux")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_rows_on_their_way_to_the_disk(model, images, tmp_path, monkeypatch, stopped):
+    """A writer that is killed leaves them with the system; a machine that stops loses them."""
+    options = {"sigmas": [0.2], "draws": 2, "batch": 2}
+    whole = extract(model, images, **options)
+    monkeypatch.setattr(phi_store.Writer, "__exit__", lambda *_: None)  # as if it were killed
+    for name in ("_SECONDS", "_BYTES"):
+        monkeypatch.setattr(phi_store, name, 1 << 40)
+    with pytest.raises(KeyboardInterrupt):
+        extract(model, Stops(images, 2), tmp_path, **options)
+    monkeypatch.undo()
+    assert np.load(tmp_path / done_file(0.2)).tolist() == [2, 2, 2, 2, 0, 0, 0]
+    opened = PhiStore(tmp_path)
+    assert opened.lacking(0.2) == N and len(opened.missing()[0.2]) == N
+    with pytest.raises(ValueError, match=r"row 0 at sigma 0\.2 is missing"):
+        opened.phi(0.2, [0])
+    if stopped:
+        (tmp_path / ".written-on").write_text("another time")
+    same(extract(model, Stops(images, 4 if stopped else 2), tmp_path, **options), whole)
+    assert not (tmp_path / ".written-on").exists()
+
+
+def test_chunks_are_listed_as_they_are_asked_for(monkeypatch):
+    """Of what is missing, whatever is done already, at most `batch` rows each and all but the last full."""
+    monkeypatch.setattr(phi_store, "_WINDOW", 64)
+    rng = np.random.default_rng()
+    for batch in (1, 7, 64, 100, 1000):
+        done = (rng.random(777) < 0.4).astype(np.uint8)
+        manifest = {"rows": 777, "sigmas": [0.5, 1.0]}
+        arrays = {done_file(0.5): done, done_file(1.0): np.zeros(777, np.uint8)}
+        store = PhiStore.in_memory(manifest, arrays)
+        for sigma, wanted in ((0.5, np.flatnonzero(done == 0)), (1.0, np.arange(777))):
+            found = [rows for s, rows in store.chunks([0.5, 1.0], batch) if s == sigma]
+            np.testing.assert_array_equal(np.concatenate(found), wanted)
+            assert all(len(rows) == batch for rows in found[:-1]) and store.lacking(sigma) == len(
+                wanted
+            )
+    assert (
+        list(
+            PhiStore.in_memory(manifest, {done_file(0.5): np.ones(777, np.uint8)}).chunks([0.5], 3)
+        )
+        == []
+    )
 
 
 def test_worker_processes_give_the_same_bits_and_end_with_a_killed_parent(
