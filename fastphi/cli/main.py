@@ -95,6 +95,7 @@ def extract(
     device: str = "cpu",
     dtype: Literal["auto", "bfloat16"] = "auto",
     backend: Backend = "auto",
+    shard: str | None = None,
 ) -> None:
     """Extract φ = E_z[ā(x + σz)] of packed images into a φ store (§2.2). Resumes where it stopped.
 
@@ -113,11 +114,14 @@ def extract(
         dtype: to compute in: auto is the model's own; bfloat16 is what GPUs, and CPUs with AMX, are
             fast in; other CPUs compute it in float32.
         backend: the engine; auto takes the fastest that can serve.
+        shard: i/n: only the i-th of n equal runs of the images, i from 0, for n jobs (of a SLURM
+            array: --shard $SLURM_ARRAY_TASK_ID/8) that write one store, in any order or at once.
     """
     import torch
 
     import fastphi
 
+    part = _shard(shard)
     store = fastphi.extract(
         fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend),
         images,
@@ -131,8 +135,22 @@ def extract(
         workers=workers,
         progress=True,
         dtype=torch.bfloat16 if dtype == "bfloat16" else None,
+        shard=part,
     )
+    if missing := sum(map(store.lacking, store.sigmas)):
+        total = len(store) * len(store.sigmas)
+        print(f"{out}: {total - missing} of {total} rows are there, the rest is other shards'")
+        return
     print(f"{out}: phi of {len(store)} images at {len(store.sigmas)} noise level(s)")
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdigit() and n.isdigit()):
+        raise ValueError(f"shard: expected i/n, as in 0/8, got {text!r}")
+    return int(i), int(n)
 
 
 def neighbours(

@@ -61,6 +61,7 @@ def extract(
     indices: Any = None,
     progress: bool = False,
     dtype: torch.dtype | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> PhiStore:
     """φ of every image at every noise level: the mean of ā(x + σz) over noise draws (§2.2).
 
@@ -76,6 +77,10 @@ def extract(
     indices: only these images, one row each, in this order; default: all.
     dtype: to compute in: the model's own (default), or torch.bfloat16, what GPUs (and CPUs with
         AMX) are fast in; on other CPUs float32 serves. φ is float32 all the same.
+    shard: (i, n): only the i-th of n equal runs of rows, 0 <= i < n, for as many jobs on as many
+        machines as there are, in any order or at once, into one store `out` on a shared file
+        system. The store is whole when all are done; their bits are those of one extraction, which
+        also goes on where shards have left off.
 
     Raises ValueError or TypeError before any work for bad input, or a store in `out` that is of
     another model, data set or setting; FloatingPointError where φ has NaN or Inf.
@@ -86,11 +91,13 @@ def extract(
     job = _job(model, images, indices, blocks, draws, seed, dtype)
     _check_workers(model, workers)
     levels = _levels(sigmas, model)
+    part = _part(shard, len(job), out)
     with engine.frozen(model):  # the weights that the manifest names are those that are used
         manifest = _manifest(job, levels)
         if out is None:
             return _extract_in_memory(job, manifest, levels, batch, workers, progress)
-        return _extract_to(Path(out).absolute(), job, manifest, levels, batch, workers, progress)
+        place = Path(out).absolute()
+        return _extract_to(place, job, manifest, levels, part, batch, workers, progress)
 
 
 def _extract_to(
@@ -98,18 +105,22 @@ def _extract_to(
     job: Job,
     manifest: dict[str, Any],
     levels: Sequence[float],
+    part: range,
     batch: int,
     workers: int,
     progress: bool,
 ) -> PhiStore:
-    if finished(out, manifest):
+    if finished(out, manifest, part):
         return PhiStore(out)
-    with files.locked(out, "out", mark="manifest.json"):
-        with Writer(out, manifest, job.indices) as writer:
-            work = _run(job, PhiStore(out), levels, batch, workers, progress)
-            with contextlib.closing(work) as chunks:
-                for sigma, rows, means in chunks:
-                    writer.write(sigma, rows, means)
+
+    def begin() -> Writer:
+        return Writer(out, manifest, job.indices, part)
+
+    with files.claimed(out, "out", part, begin, mark="manifest.json") as begun, begun as writer:
+        work = _run(job, PhiStore(out), levels, part, batch, workers, progress)
+        with contextlib.closing(work) as chunks:
+            for sigma, rows, means in chunks:
+                writer.write(sigma, rows, means)
     return PhiStore(out)
 
 
@@ -130,7 +141,7 @@ def _extract_in_memory(
         for block, width in manifest["blocks"].items():
             arrays[phi_file(sigma, block)] = np.zeros((n, width), np.float32)
     store = PhiStore.in_memory(manifest, arrays)
-    for sigma, rows, means in _run(job, store, levels, batch, workers, progress):
+    for sigma, rows, means in _run(job, store, levels, range(len(job)), batch, workers, progress):
         for block, values in means.items():
             arrays[phi_file(sigma, block)][rows] = values
         arrays[done_file(sigma)][rows] = 1
@@ -144,15 +155,16 @@ def _run(
     job: Job,
     store: PhiStore,
     levels: Sequence[float],
+    part: range,
     batch: int,
     workers: int,
     progress: bool,
 ) -> Generator[tuple[float, np.ndarray, Means], None, None]:
     """(σ, rows, means) of every chunk of rows that the store lacks, in the order in which they are done."""
-    total = sum(map(store.lacking, levels))
+    total = sum(store.lacking(sigma, part) for sigma in levels)
     if not total:
         return
-    chunks = store.chunks(levels, batch)
+    chunks = store.chunks(levels, batch, part)
     bar = _bar(total, progress)
     try:
         done: Iterator[Any]
@@ -233,6 +245,22 @@ def _job(
     names, dtype = tuple(b for b in known if b in wanted), dtype or own
     on_device = _serving(model, dtype) == "cuda"
     return Job(model, opened, rows, names, draws, seed, dtype, on_device)
+
+
+def _part(shard: tuple[int, int] | None, rows: int, out: Any) -> range:
+    """The rows of a shard; None: all."""
+    if shard is None:
+        return range(rows)
+    if not isinstance(shard, Sequence) or len(shard) != 2:
+        raise ValueError(f"shard: expected (i, n), which of how many, got {shard!r}")
+    i, n = (validate.integer(value, "shard") for value in shard)
+    if not 0 <= i < n:
+        raise ValueError(f"shard: expected (i, n) with 0 <= i < n, got ({i}, {n})")
+    if n > rows:
+        raise ValueError(f"shard: {n} shards of {rows} row(s); expected at most as many as rows")
+    if out is None:
+        raise ValueError("shard: a shard is written into a store on disk; give out")
+    return range(i * rows // n, (i + 1) * rows // n)
 
 
 def _distinct(rows: np.ndarray, n: int) -> bool:

@@ -3,7 +3,7 @@
     manifest.json               what decides the numbers: model, data, seed, levels, blocks, ...
     phi_mid_sigma0.5.npy        (N, C) float32, `np.load(..., mmap_mode="r")` reads it
     done_sigma0.5.npy           (N,) uint8: 1 where the rows of this level are there (2: on their way)
-    .written-on                 which run of which machine writes, or was stopped while it wrote
+    .written-on-0-7             which run of which machine writes these rows, or was stopped while it did
     indices.npy                 (N,) int64, image number of each row; absent: row i is image i
 
 A row is on the disk before it is marked done, and an array exists in full before the manifest names it:
@@ -126,17 +126,22 @@ class PhiStore:
         rows = {s: np.flatnonzero(self._array(done_file(s)) != _DONE) for s in self.sigmas}
         return {s: r for s, r in rows.items() if len(r)}
 
-    def lacking(self, sigma: float) -> int:
-        """How many rows of a stored level are not there yet."""
-        return int(np.count_nonzero(self._array(done_file(sigma)) != _DONE))
+    def lacking(self, sigma: float, part: range | None = None) -> int:
+        """How many rows of a stored level (of `part` alone) are not there yet."""
+        part = part or range(len(self))
+        return int(np.count_nonzero(self._array(done_file(sigma))[part.start : part.stop] != _DONE))
 
-    def chunks(self, sigmas: Iterable[float], batch: int) -> Iterator[Chunk]:
+    def chunks(
+        self, sigmas: Iterable[float], batch: int, part: range | None = None
+    ) -> Iterator[Chunk]:
         """The same by level, at most `batch` rows at a time, found as they are asked for: a list of the
         chunks of ten million images would take longer than the first of them."""
+        part = part or range(len(self))
         for sigma in sigmas:
             done, left = self._array(done_file(sigma)), np.empty(0, np.int64)
-            for start in range(0, len(done), _WINDOW):
-                here = start + np.flatnonzero(done[start : start + _WINDOW] != _DONE)
+            for start in range(part.start, part.stop, _WINDOW):
+                stop = min(start + _WINDOW, part.stop)
+                here = start + np.flatnonzero(done[start:stop] != _DONE)
                 left = np.concatenate((left, here))
                 whole = len(left) - len(left) % batch
                 for i in range(0, whole, batch):
@@ -204,8 +209,8 @@ def row_numbers(indices: Any, n: int, name: str = "indices") -> np.ndarray:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def finished(path: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the store that is wanted is there whole: nothing is to be written, nor need it be possible.
+def finished(path: Path, manifest: dict[str, Any], part: range) -> bool:
+    """Whether the rows that are wanted are all there: nothing is to be written, nor need it be possible.
 
     ValueError where another one is there.
     """
@@ -215,19 +220,46 @@ def finished(path: Path, manifest: dict[str, Any]) -> bool:
         return False
     store = PhiStore(path)
     _agree(store.manifest, manifest, path)
-    return all(s in store.sigmas and not store.lacking(s) for s in manifest["sigmas"])
+    return all(s in store.sigmas and not store.lacking(s, part) for s in manifest["sigmas"])
+
+
+class _Rows:
+    """A file of rows that is written in place, by no map: so other machines may write the rows beside,
+    and a disk that is full is an error."""
+
+    def __init__(self, path: Path) -> None:
+        array = cast(np.memmap, reading.array(path, "out"))
+        self._start, self._each = array.offset, array.strides[0]
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
+
+    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
+        cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+        for first, run in zip(rows[[0, *cuts]], np.split(values, cuts), strict=True):
+            left = np.ascontiguousarray(run).data.cast("B")
+            self._file.seek(self._start + int(first) * self._each)
+            while left:
+                left = left[self._file.write(left) :]
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Writer:
-    """Writes a store; hold `files.locked` on its folder. Goes on from what is there.
+    """Writes the rows `part` of a store, going on from what is there. For `files.claimed`: nobody else
+    writes those rows, and none begins at the same time.
 
     A row is marked twice: when it is handed to the system, which keeps it whatever becomes of this
     process, and, once a second, when it is on the disk. So a process that is killed loses no row, and
     a machine that stops those of a second. A context manager: at its end all is on the disk.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], indices: np.ndarray | None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], indices: np.ndarray | None, part: range
+    ) -> None:
+        self.path, self.part = path, part
         for leftover in path.glob(".*.tmp"):  # of a writer that was killed
             leftover.unlink()
         self.manifest = manifest
@@ -249,68 +281,96 @@ class Writer:
             _allocate(path / done_file(sigma), (rows,), np.uint8)
         if new:
             files.write_json(path / _MANIFEST, self.manifest)
-        # of the level that is being written
-        self._maps: dict[float, tuple[dict[str, np.memmap], np.memmap]] = {}
-        self._pending: list[np.ndarray] = []  # rows that are written and not marked
+        # files of the level that is being written: φ by block, marks
+        self._level: float | None = None
+        self._phi: dict[str, _Rows] = {}
+        self._done: _Rows | None = None
+        self._pending: list[np.ndarray] = []  # rows that are written and not marked as on the disk
         self._bytes, self._flushed = 0, time.monotonic()
-        self._mark = path / ".written-on"  # there while something may not be on the disk
+        # there while something may not be on the disk
+        self._mark = path / f"{_WRITTEN_ON}{part.start}-{part.stop}"
         self._settle()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.flush()
+        self._open(None)
         self._mark.unlink(missing_ok=True)
 
     def write(self, sigma: float, rows: np.ndarray, means: Mapping[str, np.ndarray]) -> None:
         """Put {block: (n, C)} at `rows`, then mark them."""
-        if sigma not in self._maps:
-            self.flush()
-            self._maps = {sigma: self._open(sigma)}
-        phi, done = self._maps[sigma]
+        if sigma != self._level:
+            self._open(sigma)
         for block, values in means.items():
-            phi[block][rows] = values
+            self._phi[block].write(rows, values)
             self._bytes += values.nbytes
-        done[rows] = _WRITTEN
+        self._set(rows, _WRITTEN)
         self._pending.append(rows)
         if self._bytes >= _BYTES or time.monotonic() - self._flushed >= _SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Waits until what was written is on the disk, and marks it so."""
-        for phi, done in self._maps.values():
-            for array in phi.values():
-                array.flush()
-            for rows in self._pending:
-                done[rows] = _DONE
-            done.flush()
+        if self._pending:
+            for file in self._phi.values():
+                file.flush()
+            self._set(np.concatenate(self._pending), _DONE)
         self._pending, self._bytes, self._flushed = [], 0, time.monotonic()
 
+    def _set(self, rows: np.ndarray, mark: int) -> None:
+        assert self._done is not None
+        self._done.write(rows, np.full(len(rows), mark, np.uint8))
+        if mark != _WRITTEN:
+            self._done.flush()
+
+    def _open(self, sigma: float | None) -> None:
+        """The files of a level; None: none, all is closed."""
+        self.flush()
+        for file in (*self._phi.values(), *([self._done] if self._done else [])):
+            file.close()
+        self._level, self._phi, self._done = sigma, {}, None
+        if sigma is not None:
+            blocks = self.manifest["blocks"]
+            self._phi = {block: _Rows(self.path / phi_file(sigma, block)) for block in blocks}
+            self._done = _Rows(self.path / done_file(sigma))
+
     def _settle(self) -> None:
-        """Rows that a writer before this one did not see on the disk: they are there if the machine that
-        it ran on is this one, and has not stopped since."""
+        """Rows of the part that a writer before this one did not see on the disk: they are there if the
+        machine that it ran on is this one, and has not stopped since."""
         boot = _boot()
-        kept = boot is not None and self._mark.exists() and self._mark.read_text() == boot
+        others = [p for p in self.path.glob(f"{_WRITTEN_ON}*") if _overlap(p, self.part)]
+        kept = boot is not None and all(p.read_text() == boot for p in others) and bool(others)
         for sigma in self.manifest["sigmas"]:
-            phi, done = self._open(sigma)
-            rows = np.flatnonzero(done == _WRITTEN)
-            if not len(rows):
-                continue
-            for array in phi.values() if kept else ():
-                array.flush()
-            done[rows] = _DONE if kept else 0
-            done.flush()
+            done = reading.array(self.path / done_file(sigma), "out")[
+                self.part.start : self.part.stop
+            ]
+            rows = self.part.start + np.flatnonzero(done == _WRITTEN)
+            if len(rows):
+                self._open(sigma)
+                for file in self._phi.values() if kept else ():
+                    file.flush()
+                self._set(rows, _DONE if kept else 0)
+        for other in others:
+            first, last = _rows_of(other)
+            if self.part.start <= first and last <= self.part.stop:
+                other.unlink()
         if boot is not None:
             with files.atomic_write(self._mark) as temporary:
                 temporary.write_text(boot)
 
-    def _open(self, sigma: float) -> tuple[dict[str, np.memmap], np.memmap]:
-        phi = {block: self._map(phi_file(sigma, block)) for block in self.manifest["blocks"]}
-        return phi, self._map(done_file(sigma))
 
-    def _map(self, name: str) -> np.memmap:
-        return cast(np.memmap, reading.array(self.path / name, "out", mode="r+"))
+_WRITTEN_ON = ".written-on-"
+
+
+def _rows_of(mark: Path) -> tuple[int, int]:
+    first, last = mark.name.removeprefix(_WRITTEN_ON).split("-")
+    return int(first), int(last)
+
+
+def _overlap(mark: Path, part: range) -> bool:
+    first, last = _rows_of(mark)
+    return first < part.stop and part.start < last
 
 
 def _boot() -> str | None:

@@ -12,9 +12,9 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
@@ -130,9 +130,12 @@ def refuse_foreign(folder: Path, what: str, mark: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike[str], what: str, *, mark: str | None = None) -> Iterator[None]:
-    """Hold `folder`, made where it is not there, for one writer; ValueError at once if another does, or
-    where the folder is another kind of output than the one that has the file `mark`.
+def locked(
+    folder: str | os.PathLike[str], what: str, *, mark: str | None = None, wait: float = 0
+) -> Iterator[None]:
+    """Hold `folder`, made where it is not there, for one writer; ValueError at once (or after `wait`
+    seconds) if another does, or where the folder is another kind of output than the one that has the
+    file `mark`.
 
     The lock is the kernel's, so it goes with the process however that ends. On a file system without
     such locks it is a file that says who holds it; that of a dead process is taken over, on its own
@@ -144,8 +147,38 @@ def locked(folder: str | os.PathLike[str], what: str, *, mark: str | None = None
     if mark is not None:
         refuse_foreign(folder, what, mark)
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder / ".lock", f"{what}: another process is writing to {folder}; wait for it"):
+    with _held(
+        folder / ".lock", f"{what}: another process is writing to {folder}; wait for it", wait
+    ):
         yield
+
+
+@contextlib.contextmanager
+def claimed(
+    folder: str | os.PathLike[str], what: str, part: range, begin: Callable[[], T], *, mark: str
+) -> Iterator[T]:
+    """Hold rows of `folder` for one writer of several, who begin one after the other: gives begin().
+
+    ValueError where a living process holds any of the rows, or as of `locked`.
+    """
+    folder = Path(folder)
+    with contextlib.ExitStack() as stack:
+        with locked(folder, what, mark=mark, wait=_BEGINS):
+            for lock in folder.glob(".rows-*.lock"):
+                first, last = map(int, lock.stem.removeprefix(".rows-").split("-"))
+                if first < part.stop and part.start < last:
+                    rows = f"rows {first} to {last - 1} of {folder}"
+                    with _held(lock, f"{what}: another process is writing {rows}; wait for it"):
+                        lock.unlink(missing_ok=True)  # of a process that is gone
+            mine = folder / f".rows-{part.start}-{part.stop}.lock"
+            stack.enter_context(_held(mine, f"{what}: another process is writing to {folder}"))
+            stack.callback(mine.unlink, missing_ok=True)  # while it is held
+            made = begin()
+        yield made
+
+
+T = TypeVar("T")
+_BEGINS = 600.0  # seconds that another may take to make its files
 
 
 @contextlib.contextmanager
@@ -162,25 +195,31 @@ def owned(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held(path: Path, taken: str) -> Iterator[None]:
+def _held(path: Path, taken: str, wait: float = 0) -> Iterator[None]:
     try:
-        lock: Any = _acquire(filelock.FileLock(path), taken)
+        lock: Any = _acquire(filelock.FileLock(path), taken, wait)
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         log.warning("%s: this file system has no locks; a file stands for one", path.parent)
-        lock = _acquire(filelock.SoftFileLock(path.with_name(f"{path.name}.soft")), taken)
+        lock = _acquire(filelock.SoftFileLock(path.with_name(f"{path.name}.soft")), taken, wait)
     try:
         yield
     finally:
         lock.release()
 
 
-def _acquire(lock: Any, taken: str) -> Any:
+def _acquire(lock: Any, taken: str, wait: float) -> Any:
     with warnings.catch_warnings(record=True) as told:  # of a file that stands for a lock
         warnings.simplefilter("always")
         try:
-            lock.acquire(timeout=0)
+            try:
+                lock.acquire(timeout=min(wait, 1))
+            except filelock.Timeout:
+                if not wait:
+                    raise
+                log.warning("%s (for at most %g s)", taken, wait)
+                lock.acquire(timeout=wait)
         except filelock.Timeout:  # an OSError, too
             raise ValueError(taken) from None
     for warning in told:

@@ -49,7 +49,7 @@ def store(tmp_path) -> Path:
     known = {"format": FORMAT, "version": VERSION, "seed": 0, "model": "m", "data": "d"}
     rng = np.random.default_rng(0)
     centre = rng.random((GROUPS, WIDTH))
-    with Writer(tmp_path, fields | known, None) as writer:
+    with Writer(tmp_path, fields | known, None, range(N)) as writer:
         for start in range(0, N, 50_000):
             at = np.arange(start, start + 50_000)
             values = centre[at % GROUPS] + 0.02 * rng.random((len(at), WIDTH), np.float32)

@@ -45,6 +45,17 @@ def test_the_path_leaves_what_the_api_reads(work):
     assert torch.equal(again.phi(0.5), store.phi(0.5, [7]))  # one image alone: the same bits
 
 
+def test_shards_make_the_same_store(work, tmp_path, capsys):
+    words = [str(work / "run"), str(work / "pack"), str(tmp_path / "phi"), "--sigmas", "0.1", "0.5"]
+    for shard, there in (("1/3", 26), ("0/3", 52), ("2/3", None)):
+        main(["extract", *words, "--draws", "2", "--shard", shard])
+        said = "phi of 40 images" if there is None else f"{there} of 80 rows are there"
+        assert said in capsys.readouterr().out
+    found, want = fastphi.PhiStore(tmp_path / "phi"), fastphi.PhiStore(work / "phi")
+    assert found.manifest == want.manifest
+    assert all(torch.equal(found.phi(s), want.phi(s)) for s in want.sigmas)
+
+
 def test_neighbours(work, capsys):
     words = ["--images", str(work / "pack"), "--picture", str(work / "near.png"), "--k", "3"]
     main(["neighbours", str(work / "phi"), "0", "5", *words])
@@ -121,6 +132,11 @@ def test_doctor(capsys):
         (["sample", "{work}/run", "{tmp}/o.npz", "--n", "4000000000"], "n: .*GiB"),
         (["sample", "{work}/run", "{tmp}/o.npz", "--picture", "{tmp}/x.doc"], "picture: .*x.doc"),
         (["extract", "{work}/run", "{work}/pack", "{work}/images.npy"], "out: .* is a file"),
+        (
+            ["extract", "{work}/run", "{work}/pack", "{tmp}/f", "--shard", "1"],
+            "shard: expected i/n",
+        ),
+        (["extract", "{work}/run", "{work}/pack", "{tmp}/f", "--shard", "2/2"], "0 <= i < n"),
         (["extract", "{work}/run", "{work}/pack", "{work}/pack"], "not that of a φ store"),
         (["train", "--data", "{work}/pack", "--out", "{work}/pack", *TRAIN], "out: .*is a pack"),
         (["train", "--data", "{work}/pack", "--out", "/dev/null", *TRAIN], "out: .*is a file"),

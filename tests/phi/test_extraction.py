@@ -224,7 +224,8 @@ def test_folder_with_other_files_is_left_alone(model, images, tmp_path):
 
 
 def test_one_writer(model, images, tmp_path):
-    with files.locked(tmp_path, "test"), pytest.raises(ValueError, match="another process"):
+    held = files.claimed(tmp_path, "test", range(3, 4), lambda: None, mark="manifest.json")
+    with held, pytest.raises(ValueError, match="another process is writing rows 3 to 3"):
         extract(model, images, tmp_path, sigmas=[0.5], draws=1)
 
 
@@ -368,10 +369,10 @@ def folder(model, images, tmp_path):
     return tmp_path
 
 
-def start(folder: Path, workers: int, backend: str) -> subprocess.Popen:
+def start(folder: Path, workers: int, backend: str, script: str = "script.py") -> subprocess.Popen:
     source = str(Path(fastphi.__file__).parents[1])
     return subprocess.Popen(
-        [sys.executable, str(folder / "script.py"), str(folder), str(workers), backend],
+        [sys.executable, str(folder / script), str(folder), str(workers), backend],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
@@ -406,7 +407,12 @@ def test_rows_on_their_way_to_the_disk(model, images, tmp_path, monkeypatch, sto
     """A writer that is killed leaves them with the system; a machine that stops loses them."""
     options = {"sigmas": [0.2], "draws": 2, "batch": 2}
     whole = extract(model, images, **options)
-    monkeypatch.setattr(phi_store.Writer, "__exit__", lambda *_: None)  # as if it were killed
+
+    def killed(writer, *_):
+        for file in (*writer._phi.values(), writer._done):
+            file.close()
+
+    monkeypatch.setattr(phi_store.Writer, "__exit__", killed)
     for name in ("_SECONDS", "_BYTES"):
         monkeypatch.setattr(phi_store, name, 1 << 40)
     with pytest.raises(KeyboardInterrupt):
@@ -418,9 +424,83 @@ def test_rows_on_their_way_to_the_disk(model, images, tmp_path, monkeypatch, sto
     with pytest.raises(ValueError, match=r"row 0 at sigma 0\.2 is missing"):
         opened.phi(0.2, [0])
     if stopped:
-        (tmp_path / ".written-on").write_text("another time")
+        (tmp_path / ".written-on-0-7").write_text("another time")
     same(extract(model, Stops(images, 4 if stopped else 2), tmp_path, **options), whole)
-    assert not (tmp_path / ".written-on").exists()
+    assert not list(tmp_path.glob(".written-on*"))
+
+
+@pytest.mark.parametrize("subset", [None, [6, 0, 3, 5, 2]])
+def test_shards_in_any_order(model, images, tmp_path, subset):
+    """Into one store, at other levels too; a plain call goes on from what they left."""
+    rows = N if subset is None else len(subset)
+    options = {"draws": 2, "batch": 2, "indices": subset}
+    whole = extract(model, images, sigmas=[0.2, 0.6], **options)
+    for i in (2, 0):
+        part = range(i * rows // 3, (i + 1) * rows // 3)
+        left = extract(model, images, tmp_path, sigmas=[0.2], shard=(i, 3), **options)
+        written = [r for r in range(rows) if r not in left.missing()[0.2]]
+        assert set(part) <= set(written)
+    assert not left.complete and len(written) == rows - len(range(rows // 3, 2 * rows // 3))
+    extract(model, Stops(images, 0), tmp_path, sigmas=[0.2], shard=(2, 3), **options)  # is done
+    extract(model, images, tmp_path, sigmas=[0.6], shard=(1, 2), **options)
+    same(extract(model, images, tmp_path, sigmas=[0.2, 0.6], **options), whole)
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith((".rows", ".written"))]
+
+
+def test_shards_at_once(make_model, images, folder, backend):
+    """Processes that begin together; rows that one writes are refused to others by name, other rows not."""
+    script = (folder / "script.py").read_text()
+    for i in range(3):
+        mine = script.replace("workers=", f"shard=({i}, 3), workers=")
+        (folder / f"script{i}.py").write_text(mine)
+    out = folder / "store"
+    started = [start(folder, 1, backend, f"script{i}.py") for i in range(3)]
+    assert started[1].stdout.readline() == "chunk\n"
+    model = make_model(backend=backend)
+    options = {"sigmas": [0.2, 0.6], "draws": 3, "batch": 1}
+    torch.set_num_threads(threads(backend))
+    with pytest.raises(ValueError, match="another process is writing rows"):
+        extract(model, images, out, **options)
+    for process in started:
+        process.communicate()
+        assert process.returncode == 0
+    opened = PhiStore(out)
+    assert opened.complete
+    same(opened, extract(model, images, **options))
+
+
+@pytest.mark.parametrize("killed", [0, 2])
+def test_a_killed_shard_leaves_its_rows_to_whoever_comes(
+    make_model, images, folder, backend, killed
+):
+    script = (folder / "script.py").read_text()
+    (folder / "script.py").write_text(script.replace("workers=", f"shard=({killed}, 3), workers="))
+    with start(folder, 1, backend) as process:
+        assert process.stdout.readline() == "chunk\n"
+        process.kill()
+    model, options = make_model(backend=backend), {"sigmas": [0.2, 0.6], "draws": 3, "batch": 1}
+    torch.set_num_threads(threads(backend))
+    out = folder / "store"
+    extract(model, images, out, shard=(1, 2), **options)
+    same(extract(model, images, out, **options), extract(model, images, **options))
+    assert not [p.name for p in out.iterdir() if p.name.startswith((".rows", ".written"))]
+
+
+@pytest.mark.parametrize(
+    ("shard", "match"),
+    [
+        ((3, 3), "0 <= i < n"),
+        ((-1, 2), "0 <= i < n"),
+        ((0, 8), "8 shards of 7"),
+        (2, "which of how many"),
+    ],
+)
+def test_bad_shards(model, images, tmp_path, shard, match):
+    with pytest.raises(ValueError, match=match):
+        extract(model, images, tmp_path, shard=shard)
+    with pytest.raises(ValueError, match="give out"):
+        extract(model, images, shard=(0, 2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_chunks_are_listed_as_they_are_asked_for(monkeypatch):
