@@ -1,9 +1,9 @@
 """What `extract` costs beside the network: a null model on null images.
 
-    python benchmarks/extract_cost.py FOLDER [--plan 10000000] [--rows 200000] [--batch 64]
+    python benchmarks/extract_cost.py FOLDER [--plan 10000000] [--rows 200000] [--batch 64] [--pack PACK]
 
-Plan: from the call of an extraction at 20 noise levels to its first image, and the memory it took; the
-store is made before, by a call that is stopped at once. Write: rows per second of φ (512 channels) into
+Plan: from the call of an extraction at 20 noise levels to its first image, and the memory it took: with the
+store's files to be made, and again. Write: rows per second of φ (512 channels) into
 a store of one level. Network: of the full network on a pack, the share of the time for which it waits for
 images. Prints JSON.
 """

@@ -50,6 +50,7 @@ _FIELDS: dict[str, validate.Check] = {
 Chunk = tuple[float, np.ndarray]  # a noise level, and rows
 _WINDOW = 1 << 20  # rows that are looked through at a time
 _SECONDS, _BYTES = 1.0, 1 << 26  # between two waits for the disk, of some milliseconds each
+_WRITTEN_ON = ".written-on-"
 _WRITTEN, _DONE = 2, 1  # marks of a row: handed to the system; on the disk
 
 
@@ -339,8 +340,8 @@ class Writer:
         """Rows of the part that a writer before this one did not see on the disk: they are there if the
         machine that it ran on is this one, and has not stopped since."""
         boot = _boot()
-        others = [p for p in self.path.glob(f"{_WRITTEN_ON}*") if _overlap(p, self.part)]
-        kept = boot is not None and all(p.read_text() == boot for p in others) and bool(others)
+        others = [*files.overlapping(self.path, _WRITTEN_ON, self.part)]
+        kept = {mark.read_text() for mark, _ in others} == {boot}
         for sigma in self.manifest["sigmas"]:
             done = reading.array(self.path / done_file(sigma), "out")[
                 self.part.start : self.part.stop
@@ -351,26 +352,12 @@ class Writer:
                 for file in self._phi.values() if kept else ():
                     file.flush()
                 self._set(rows, _DONE if kept else 0)
-        for other in others:
-            first, last = _rows_of(other)
-            if self.part.start <= first and last <= self.part.stop:
-                other.unlink()
+        for mark, rows_of_it in others:
+            if self.part.start <= rows_of_it.start and rows_of_it.stop <= self.part.stop:
+                mark.unlink()
         if boot is not None:
             with files.atomic_write(self._mark) as temporary:
                 temporary.write_text(boot)
-
-
-_WRITTEN_ON = ".written-on-"
-
-
-def _rows_of(mark: Path) -> tuple[int, int]:
-    first, last = mark.name.removeprefix(_WRITTEN_ON).split("-")
-    return int(first), int(last)
-
-
-def _overlap(mark: Path, part: range) -> bool:
-    first, last = _rows_of(mark)
-    return first < part.stop and part.start < last
 
 
 def _boot() -> str | None:

@@ -164,17 +164,25 @@ def claimed(
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
         with locked(folder, what, mark=mark, wait=_BEGINS):
-            for lock in folder.glob(".rows-*.lock"):
-                first, last = map(int, lock.stem.removeprefix(".rows-").split("-"))
-                if first < part.stop and part.start < last:
-                    rows = f"rows {first} to {last - 1} of {folder}"
-                    with _held(lock, f"{what}: another process is writing {rows}; wait for it"):
-                        lock.unlink(missing_ok=True)  # of a process that is gone
+            for lock, theirs in overlapping(folder, ".rows-", part, ".lock"):
+                rows = f"rows {theirs.start} to {theirs.stop - 1} of {folder}"
+                with _held(lock, f"{what}: another process is writing {rows}; wait for it"):
+                    lock.unlink(missing_ok=True)  # of a process that is gone
             mine = folder / f".rows-{part.start}-{part.stop}.lock"
             stack.enter_context(_held(mine, f"{what}: another process is writing to {folder}"))
             stack.callback(mine.unlink, missing_ok=True)  # while it is held
             made = begin()
         yield made
+
+
+def overlapping(
+    folder: Path, prefix: str, part: range, suffix: str = ""
+) -> Iterator[tuple[Path, range]]:
+    """The files "{prefix}{first}-{stop}{suffix}" whose rows are some of `part`'s, and their rows."""
+    for path in [*folder.glob(f"{prefix}*-*{suffix}")]:
+        rows = range(*map(int, path.name.removeprefix(prefix).removesuffix(suffix).split("-")))
+        if rows.start < part.stop and part.start < rows.stop:
+            yield path, rows
 
 
 T = TypeVar("T")
