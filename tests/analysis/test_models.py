@@ -202,7 +202,7 @@ def test_noise_level_is_measured_before_and_after(make_model):
         noise_level(model, torch.rand(3, 3, 8, 8), (0.1, 0.5), max_iter=3, controls={"twin": model})
     )
     assert result.before.shape == result.after.shape == (2, 3)
-    assert (result.loss_ratio <= 1.5).all()
+    assert np.median(result.loss_ratio) < 1  # three iterations: most images are nearer already
     np.testing.assert_array_equal(result.controls["twin"].after, result.after)
 
 

@@ -145,7 +145,9 @@ model = UNet(UNetConfig(channels=(16, 32, 48)), backend="cpu").eval()
 before = len(os.listdir("/proc/self/task"))
 with torch.no_grad():
     model.phi(torch.rand(8, 3, 64, 64))
-print(os.environ["RANK"], torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
+started = len(os.listdir("/proc/self/task")) - before
+# One write, whole: print makes two under PYTHONUNBUFFERED, and the ranks share the pipe.
+os.write(1, f"{os.environ['RANK']} {torch.get_num_threads()} {started}\\n".encode())
 """
 
 
