@@ -136,8 +136,9 @@ class CapturedStep(Step):
             step = self._launched.popleft()
             if not step.done.query():  # the host is a whole step ahead, or was asked to wait
                 step.done.synchronize()
-            loss, norm = step.told[:2].tolist()
-            yield step.step, self._checked(step.step, loss, norm, step.told[2:], step.upload)
+            loss, norm, asks = step.told[:3].tolist()
+            self.asked = asks > 0
+            yield step.step, self._checked(step.step, loss, norm, step.told[3:], step.upload)
 
     def close(self) -> None:
         """The graph goes with its memory, of which the gradients are."""
@@ -151,8 +152,7 @@ class CapturedStep(Step):
         self.numbers.whole.copy_(batch.numbers.whole, non_blocking=True)
 
     def _launches(self) -> None:
-        """A step, of `pixels` and `numbers`; `told`: the sum of the losses, the gradient's norm, and each
-        image's loss."""
+        """A step, of `pixels` and `numbers`; `told`: `_totals` and each image's loss."""
         images = self._decoded()
         losses = self._backward(images.split(self._together(images.sigma)))
         totals = self._totals(losses)

@@ -18,8 +18,9 @@ import torch
 
 from fastphi import checkpoint
 from fastphi.support import files, reading, validate
+from fastphi.support.world import World
 from fastphi.train.config import FREE
-from fastphi.train.process import World
+from fastphi.train.process import from_first
 from fastphi.train.record import RunState
 
 log = logging.getLogger("fastphi")
@@ -39,7 +40,7 @@ def finished_elsewhere(run: RunState, world: World) -> bool:
             return state
         return None
 
-    if (state := world.first(find)) is None:
+    if (state := from_first(world, find)) is None:
         return False
     _restore(run, state)
     return True
@@ -47,7 +48,7 @@ def finished_elsewhere(run: RunState, world: World) -> bool:
 
 def resume(run: RunState, world: World) -> None:
     """Every process to the newest checkpoint; the first starts the run where there is none."""
-    state = world.first(lambda: _find(run))
+    state = from_first(world, lambda: _find(run))
     if state is not None:
         _restore(run, state)
     if world.rank == 0 and run.step >= run.steps and not _model(run).exists():
@@ -100,7 +101,7 @@ def _find(run: RunState) -> dict[str, Any] | None:
 
 
 def _check_identity(run: RunState, theirs: dict[str, Any]) -> None:
-    mine = _identity(run)
+    mine = identity(run)
     differ = [k for k in mine if mine[k] != theirs.get(k)]
     if differ:
         raise ValueError(
@@ -110,7 +111,7 @@ def _check_identity(run: RunState, theirs: dict[str, Any]) -> None:
         )
 
 
-def _identity(run: RunState) -> dict[str, Any]:
+def identity(run: RunState) -> dict[str, Any]:
     """What a run must share with a checkpoint to go on from it."""
     settings = {k: v for k, v in run.config.to_dict().items() if k not in FREE}
     settings["holdout"] = len(run.split.held)
@@ -134,7 +135,7 @@ def _save_checkpoint(run: RunState) -> None:
         {
             "step": run.step,
             "seconds": run.seconds,
-            "identity": json.dumps(_identity(run)),
+            "identity": json.dumps(identity(run)),
             "environment": json.dumps(run.environment),
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastphi import noise
 from fastphi.engine import ops
-from fastphi.train.process import World
+from fastphi.support.world import World
+from fastphi.train.process import total
 from fastphi.train.record import RunState
 
 
@@ -75,6 +76,10 @@ class Step:
         self.share, self.images = share, run.split.images
         self.parameters = list(run.model.parameters())
         self.device = self.parameters[0].device
+        self.asks = torch.zeros(
+            (), dtype=torch.float64, device=self.device
+        )  # 1: this rank, to stop
+        self.asked = False  # whether any rank had, at the last step whose loss is known
         self._known: list[tuple[int, float]] = []
         self._moved = False  # what the optimizer keeps, into large pages
 
@@ -94,8 +99,9 @@ class Step:
     def gradient(self, batch: Any) -> None:
         """Of the batch, into the parameters' .grad; FloatingPointError where it is not finite."""
         losses = self._backward(batch.split(self._together(batch.indices)))
-        loss, norm = self._totals(losses).tolist()
+        loss, norm, asks = self._totals(losses).tolist()
         self._loss = self._checked(self.run.step + 1, loss, norm, losses, batch)
+        self.asked = asks > 0
 
     def update(self, batch: Any) -> None:
         """The parameters by the gradient."""
@@ -148,11 +154,11 @@ class Step:
         return self.denoiser.no_sync()
 
     def _totals(self, losses: Tensor) -> Tensor:
-        """The sum of the losses and the gradient's norm, over all processes: (2,) float64."""
+        """The sum of the losses, the gradient's norm and who asks to stop, over all ranks: (3,) float64."""
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.parameters if p.grad is not None]
         )
-        return self.world.sum(torch.stack([losses.double().sum(), norm.double()]))
+        return total(self.world, torch.stack([losses.double().sum(), norm.double(), self.asks]))
 
     def _count_write(self) -> None:
         """For whoever keeps a form of the weights: a fused Adam does not tell torch that it wrote."""

@@ -3,8 +3,8 @@
     Trainer(TrainConfig(data="pack", out="run")).run()
 
 The order of the images, their noise levels and their noise are functions of (seed, image, epoch):
-the same whatever the number of processes, and after a resume. Several processes:
-torchrun --nproc-per-node 4 -m fastphi train ...; the batch is divided among them.
+the same whatever the number of processes, and after a resume. Several processes, as torchrun or srun
+start them (torchrun --nproc-per-node 4 -m fastphi train ..., srun fastphi train ...), divide the batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+import signal
 import time
 from typing import Any
 
@@ -26,11 +27,13 @@ from fastphi import data, engine, noise
 from fastphi.config import TrainingInfo
 from fastphi.engine import ops
 from fastphi.support import files, processes, transfer, validate
+from fastphi.support.interrupts import Interrupts, raise_for
+from fastphi.support.world import Gone, World
 from fastphi.train import folder
 from fastphi.train.captured import CapturedStep
 from fastphi.train.config import TrainConfig
 from fastphi.train.log import Callback, Writer
-from fastphi.train.process import Interrupts, World, deterministic
+from fastphi.train.process import deterministic, join
 from fastphi.train.record import RunState, Split
 from fastphi.train.step import Share, Step
 from fastphi.unet import UNet
@@ -128,10 +131,16 @@ class Trainer:
         callback: called after every line of the log with that line (a dict), on the first process; on
         a GPU, steps with a line are then waited for.
         Raises ValueError where the folder holds a run of other settings, FloatingPointError where
-        the loss or its gradient is NaN or Inf, OSError where a file cannot be written. Ctrl-C and
-        SIGTERM write a checkpoint of the last completed step first.
+        the loss or its gradient is NaN or Inf, OSError where a file cannot be written, Gone where
+        another rank is gone. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint of the last completed step
+        first (of several ranks one is enough to be told); the latter two then exit with code 75.
         """
-        self.world.join(self.device)
+        with self.world.job():
+            return self._run(callback, progress)
+
+    def _run(self, callback: Callback | None, progress: bool) -> UNet:
+        join(self.world, self.device)
+        self.world.agree(folder.identity(self.state), "config")
         if folder.finished_elsewhere(self.state, self.world):
             return self.model
         with contextlib.ExitStack() as stack:
@@ -149,7 +158,7 @@ class Trainer:
     # --- the algorithm ---
 
     def _train(self, interrupts: Interrupts, callback: Callback | None, progress: bool) -> None:
-        """Steps from the state's on; on Ctrl-C or SIGTERM a checkpoint of the last completed one."""
+        """Steps from the state's on; when stopped, a checkpoint of the last completed one."""
         run, writer, step = self.state, None, self._step()
         if self.world.rank == 0:
             writer = Writer(run, self._evaluate, callback, progress)
@@ -167,15 +176,23 @@ class Trainer:
                 if writer:
                     writer.begin()
                 began = time.perf_counter() - run.seconds
+                if self.world.size > 1:
+                    interrupts.ask()  # all end after the same step
                 for batch in batches:
-                    step.gradient(batch)
+                    if interrupts.asked:
+                        step.asks.fill_(1)
+                    with self.world.connected():
+                        step.gradient(batch)
                     with interrupts.hold():  # parameters, step and log go together
                         step.update(batch)
                         run.step += 1
                         account(wait=writer is not None and writer.waits())
                     if writer:
                         writer.after_step()
-        except (KeyboardInterrupt, SystemExit):
+                    if step.asked:
+                        raise_for(interrupts.asked or signal.SIGTERM)
+        except (KeyboardInterrupt, SystemExit, Gone):
+            self.world.heed()
             if writer:
                 with interrupts.hold():
                     account(wait=True)

@@ -18,9 +18,9 @@ import torch
 
 from fastphi import checkpoint, data
 from fastphi.config import UNetConfig
+from fastphi.support.world import World
 from fastphi.train import TrainConfig, Trainer, psnr
 from fastphi.train.captured import CapturedStep
-from fastphi.train.process import World
 from fastphi.train.step import Step
 from fastphi.unet import UNet
 
@@ -115,7 +115,7 @@ def test_images_and_noise_are_those_of_the_cpu(tmp_path, packed, source):
             step.reason = "the launches are called below"
             step.gradient(batch)
             step._launches()
-            found.append(step.told[2:].float())
+            found.append(step.told[3:].float())
         found.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
     assert found[0].isfinite().all() and found[1].abs().max() > 0

@@ -26,8 +26,8 @@ from fastphi.config import UNetConfig
 from fastphi.data import MemoryImages, pack
 from fastphi.support import files
 from fastphi.support.processes import prefetched
+from fastphi.support.world import World
 from fastphi.train import TrainConfig, Trainer, psnr
-from fastphi.train.process import World
 from fastphi.train.step import Step
 from fastphi.unet import UNet
 
