@@ -23,6 +23,7 @@ from torch import Tensor
 from fastphi.checkpoint import authors
 from fastphi.config import TrainingInfo, UNetConfig
 from fastphi.support import files, reading, validate
+from fastphi.support.device import find
 from fastphi.unet import UNet
 
 log = logging.getLogger("fastphi")
@@ -62,6 +63,7 @@ def load(
 ) -> UNet:
     """Read a model: a .safetensors file, a training folder, or a folder of the authors' program.
 
+    device: "auto" is a GPU where there is one, of several ranks of a machine to each its own.
     dtype: of the parameters (default: as they were saved). One log line (level INFO) tells name,
     hash and source. Raises FileNotFoundError where there is nothing, ValueError for a file that is
     not a whole model of ours, naming what is wrong.
@@ -187,7 +189,7 @@ def _finish(
     dtype: torch.dtype | None,
 ) -> UNet:
     """The model with these parameters; every name and shape is checked before any is used."""
-    place = _device(device)
+    place = find(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating point torch.dtype or None, got {dtype!r}")
     _check(model, tensors, source)
@@ -226,13 +228,3 @@ def _check(model: UNet, tensors: Mapping[str, Tensor], source: Path) -> None:
         validate.finite(tensor, f"{source}: {name}")
     if len(dtypes := {str(t.dtype) for t in tensors.values()}) > 1:
         raise ValueError(f"{source}: parameters of several types ({', '.join(sorted(dtypes))})")
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"device: {device!r} cannot be used ({reason})") from None
-    return place

@@ -13,6 +13,7 @@ import torch
 import fastphi
 from fastphi import data, targets
 from fastphi.analysis.neighbours import nearest
+from fastphi.cli.start import load, say
 from fastphi.support import files, plots, reading, validate
 
 
@@ -93,14 +94,14 @@ def reconstruct_command(
         raise ValueError("target: give exactly one of --images, --store and --phi")
     if zero_elsewhere and channels is None:
         raise ValueError("zero_elsewhere: needs --channels")
-    loaded = fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend)
+    loaded = load(model, device, backend)
     how = None if combine == "none" else combine
     common: dict[str, Any] = {"copies": copies, "sigma": target_sigma}
     clean = None
     if images is not None:
         if not indices:
             raise ValueError("indices: name at least one image of the pack")
-        clean = data.open_images(images).batch(indices).to(device)
+        clean = data.open_images(images).batch(indices).to(next(loaded.parameters()).device)
         if how:
             target = targets.centroid(loaded, clean, how, **common)
         else:
@@ -120,7 +121,7 @@ def reconstruct_command(
         target = target.with_channels(channels, zero_elsewhere=zero_elsewhere)
     result = fastphi.reconstruct(loaded, target, save=out, progress=True, **_ends(options))
     ratio = float((result.losses_last / result.losses_first).nanmedian())
-    print(f"{out}: {len(result)} images, phi loss after over before matching {ratio:.2g} (median)")
+    say(f"{out}: {len(result)} images, phi loss after over before matching {ratio:.2g} (median)")
     if picture is not None:
         rows = [row.cpu() for row in result.images.split(copies)]
         if clean is not None and how is None:
@@ -143,17 +144,17 @@ def analyze_command(
     """Run every stage, write the report and the explorer."""
     from fastphi.study import QUICK, Settings, Study, explorer, report
 
-    loaded = fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend)
+    loaded = load(model, device, backend)
     given = {name: value for name, value in options.items() if value is not None}
     settings = replace(QUICK if quick else Settings(), **given)
     with files.locked(out, "out", mark="study.json"):
         study = Study(loaded, images, out, settings, training=training, progress=True)
         results = study.run(stages)
         page = report.write(study, results)
-        print(f"{page}: {len(results)} analyses")
+        say(f"{page}: {len(results)} analyses")
         if "map" in results:
             picked = explorer.write(study, out / "explorer.html")
-            print(f"{picked}: the explorer of {min(len(study.rows), explorer.MOST)} images")
+            say(f"{picked}: the explorer of {min(len(study.rows), explorer.MOST)} images")
 
 
 def sample_command(
@@ -167,9 +168,9 @@ def sample_command(
 ) -> None:
     """Sample, draw."""
     check_picture(picture)
-    loaded = fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend)
+    loaded = load(model, device, backend)
     result = fastphi.sample(loaded, n, save=out, progress=True, **_ends(options))
-    print(f"{out}: {len(result)} images")
+    say(f"{out}: {len(result)} images")
     if picture is not None:
         _save_grid(picture, list(result.images.cpu().split(8)), [])
 

@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 try:
     import tyro
@@ -24,7 +24,10 @@ except ModuleNotFoundError:
     )
 
 from fastphi.cli.samples import Backend, reconstruct, sample
+from fastphi.cli.start import say
 from fastphi.config import UNetConfig
+from fastphi.support.interrupts import RESUMABLE, Interrupts, Stopped
+from fastphi.support.world import Gone, World, told
 from fastphi.train import TrainConfig
 
 
@@ -75,10 +78,12 @@ class _TrainConfig(TrainConfig):
 
 def train(config: Annotated[_TrainConfig, arg(name="")]) -> None:
     """Train the denoiser (§2.1). The same command again resumes, to the same bits."""
+    from fastphi.cli.start import find
     from fastphi.train import Trainer
 
+    find(config.device)
     Trainer(config).run()
-    print(f"{config.out}/model.safetensors")
+    say(f"{config.out}/model.safetensors")
 
 
 def extract(
@@ -92,12 +97,13 @@ def extract(
     seed: int = 0,
     batch: int = 64,
     workers: int = 1,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: Literal["auto", "bfloat16"] = "auto",
     backend: Backend = "auto",
     shard: str | None = None,
 ) -> None:
     """Extract φ = E_z[ā(x + σz)] of packed images into a φ store (§2.2). Resumes where it stopped.
+    Processes that torchrun or srun starts share the work.
 
     Args:
         model: a checkpoint: .safetensors, a training folder, the authors' folder, or natural64-small.
@@ -110,7 +116,7 @@ def extract(
         seed: of the noise.
         batch: images at a time; the result does not depend on it.
         workers: processes; the result does not depend on them.
-        device: cpu or cuda.
+        device: cpu, cuda, cuda:N, or auto, a GPU where there is one.
         dtype: to compute in: auto is the model's own; bfloat16 is what GPUs, and CPUs with AMX, are
             fast in; other CPUs compute it in float32.
         backend: the engine; auto takes the fastest that can serve.
@@ -120,10 +126,11 @@ def extract(
     import torch
 
     import fastphi
+    from fastphi.cli.start import load
 
     part = _shard(shard)
     store = fastphi.extract(
-        fastphi.load(fastphi.pretrained.resolve(model), device=device, backend=backend),
+        load(model, device, backend),
         images,
         out,
         sigmas=sigmas,
@@ -136,12 +143,13 @@ def extract(
         progress=True,
         dtype=torch.bfloat16 if dtype == "bfloat16" else None,
         shard=part,
+        ranks=True,
     )
     if missing := sum(map(store.lacking, store.sigmas)):
         total = len(store) * len(store.sigmas)
-        print(f"{out}: {total - missing} of {total} rows are there, the rest is other shards'")
+        say(f"{out}: {total - missing} of {total} rows are there, the rest is other shards'")
         return
-    print(f"{out}: phi of {len(store)} images at {len(store.sigmas)} noise level(s)")
+    say(f"{out}: phi of {len(store)} images at {len(store.sigmas)} noise level(s)")
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
@@ -191,7 +199,7 @@ def analyze(
     sigma: float | None = None,
     stages: tuple[str, ...] | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     backend: Backend = "auto",
 ) -> None:
     """Measure the paper's properties of φ on your images: report.html, figures, numbers.json, and
@@ -207,7 +215,7 @@ def analyze(
         sigma: the noise level of φ, in units of images in [0, 1] (default 0.2).
         stages: only these (sparsity, stability, ... as in numbers.json); others that were done are kept.
         seed: of noise, subsets and clusterings.
-        device: cpu or cuda.
+        device: cpu, cuda, cuda:N, or auto, a GPU where there is one.
         backend: the engine; auto takes the fastest that can serve.
     """
     from fastphi.cli.commands import analyze_command
@@ -252,9 +260,15 @@ COMMANDS = (pack, train, extract, neighbours, reconstruct, sample, analyze, doct
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `fastphi`."""
+    """Entry point of `fastphi`. Exit codes: 2, an error; 75, stopped or without another rank, and the
+    same command goes on; 130, Ctrl-C."""
     _make_printable()
-    logging.basicConfig(format="fastphi: %(message)s", level=logging.INFO)
+    world = World.here()
+    # of several ranks the first tells what there is to tell, and torch leaves it to us
+    level = logging.WARNING if world.rank else logging.INFO
+    logging.basicConfig(format="fastphi: %(message)s", level=level)
+    if world.size > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--version"]:
         import fastphi
@@ -262,18 +276,30 @@ def main(arguments: list[str] | None = None) -> None:
         print(fastphi.__version__)
         return
     try:
-        _run(arguments)
-    except KeyboardInterrupt:
-        print("fastphi: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        with Interrupts():
+            if world.size > 1 and arguments[:1] in (["pack"], ["doctor"]):
+                raise ValueError(f"{arguments[0]}: works in one process, {world.size} were started")
+            with world.job():
+                _run(arguments)
+    except KeyboardInterrupt as error:
+        _end(error, "interrupted; run the same command again to go on", 130)
+    except Stopped as error:
+        _end(error, f"{error}; run the same command again to go on", RESUMABLE)
+    except Gone as error:
+        _end(error, f"{_one_line(error)}; run the same command again to go on", RESUMABLE)
     except MemoryError as error:
-        print(f"fastphi: error: not enough memory ({_one_line(error)})", file=sys.stderr)
-        sys.exit(2)
+        _end(error, f"error: not enough memory ({_one_line(error)})", 2)
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("FASTPHI_TRACEBACK"):
             raise
-        print(f"fastphi: error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        _end(error, f"error: {_one_line(error)}", 2)
+
+
+def _end(error: BaseException, text: str, code: int) -> NoReturn:
+    """Of several ranks one says it."""
+    if told(error):
+        print(f"fastphi: {text}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _one_line(error: BaseException) -> str:

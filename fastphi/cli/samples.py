@@ -35,7 +35,7 @@ def reconstruct(
     size: int | None = None,
     seed: int = 0,
     picture: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     backend: Backend = "auto",
 ) -> None:
     """Sample images whose φ matches a target (Algorithm 1, with Algorithm 2 inside).
@@ -67,7 +67,7 @@ def reconstruct(
         size: side in pixels (default: that of the targets).
         seed: of the noise.
         picture: a PNG to write: targets and their samples.
-        device: cpu or cuda.
+        device: cpu, cuda, cuda:N, or auto, a GPU where there is one.
         backend: the engine; auto takes the fastest that can serve.
     """
     options = locals()
@@ -90,7 +90,7 @@ def sample(
     steps: int = 100,
     seed: int = 0,
     picture: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     backend: Backend = "auto",
 ) -> None:
     """Sample images from the denoiser alone (Kadkhodaie & Simoncelli 2021).
@@ -109,7 +109,7 @@ def sample(
         steps: schedule: number of noise levels.
         seed: of the noise.
         picture: a PNG to write.
-        device: cpu or cuda.
+        device: cpu, cuda, cuda:N, or auto, a GPU where there is one.
         backend: the engine; auto takes the fastest that can serve.
     """
     options = locals()

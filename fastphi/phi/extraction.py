@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 from collections import deque
@@ -34,6 +35,7 @@ from fastphi.phi.store import (
     row_numbers,
 )
 from fastphi.support import files, processes, validate
+from fastphi.support.world import World
 from fastphi.unet import UNet
 
 __all__ = ["AUTHORS_SIGMAS", "PhiStore", "extract"]
@@ -62,6 +64,7 @@ def extract(
     progress: bool = False,
     dtype: torch.dtype | None = None,
     shard: tuple[int, int] | None = None,
+    ranks: bool = False,
 ) -> PhiStore:
     """φ of every image at every noise level: the mean of ā(x + σz) over noise draws (§2.2).
 
@@ -81,9 +84,13 @@ def extract(
         machines as there are, in any order or at once, into one store `out` on a shared file
         system. The store is whole when all are done; their bits are those of one extraction, which
         also goes on where shards have left off.
+    ranks: whether the processes that torchrun or srun started, each with the model on a device of its
+        own, share the work; all return when it is done. As many as there are go on from what any
+        number have left.
 
     Raises ValueError or TypeError before any work for bad input, or a store in `out` that is of
-    another model, data set or setting; FloatingPointError where φ has NaN or Inf.
+    another model, data set or setting; FloatingPointError where φ has NaN or Inf,
+    support.world.Gone where another rank is gone.
     """
     validate.integer(draws, "draws", low=1, high=MAX_DRAWS)
     validate.seed(seed)
@@ -92,12 +99,20 @@ def extract(
     _check_workers(model, workers)
     levels = _levels(sigmas, model)
     part = _part(shard, len(job), out)
+    if ranks and out is None:
+        raise ValueError("ranks: what they compute comes together in a store on disk; give out")
     with engine.frozen(model):  # the weights that the manifest names are those that are used
         manifest = _manifest(job, levels)
         if out is None:
             return _extract_in_memory(job, manifest, levels, batch, workers, progress)
         place = Path(out).absolute()
-        return _extract_to(place, job, manifest, levels, part, batch, workers, progress)
+        world = World.here() if ranks else World()
+        with world.job():
+            world.agree(manifest, "ranks")
+            part = world.first(lambda: _shares(place, manifest, part, world.size))[world.rank]
+            progress = progress and world.rank == 0
+            _extract_to(place, job, manifest, levels, part, batch, workers, progress, world)
+        return PhiStore(place)
 
 
 def _extract_to(
@@ -109,9 +124,10 @@ def _extract_to(
     batch: int,
     workers: int,
     progress: bool,
-) -> PhiStore:
+    world: World,
+) -> None:
     if finished(out, manifest, part):
-        return PhiStore(out)
+        return
 
     def begin() -> Writer:
         return Writer(out, manifest, job.indices, part)
@@ -121,7 +137,21 @@ def _extract_to(
         with contextlib.closing(work) as chunks:
             for sigma, rows, means in chunks:
                 writer.write(sigma, rows, means)
-    return PhiStore(out)
+                world.check()
+
+
+def _shares(out: Path, manifest: dict[str, Any], part: range, size: int) -> list[range]:
+    """Runs of `part`'s rows, one for each rank, of which each lacks about as much as any other."""
+    finished(out, manifest, part)  # ValueError where another store is there
+    lacking = np.full(len(part), len(manifest["sigmas"]))
+    if (out / "manifest.json").exists():
+        store = PhiStore(out)
+        there = [s for s in manifest["sigmas"] if s in store.sigmas]
+        lacking -= sum(store.there(s, part) for s in there)
+    before = np.cumsum(lacking)
+    ends = np.searchsorted(before, before[-1] * np.arange(1, size) / size, side="left")
+    cuts = [part.start, *(part.start + ends).tolist(), part.stop]
+    return [range(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def _extract_in_memory(

@@ -129,15 +129,19 @@ class PhiStore:
 
     def lacking(self, sigma: float, part: range | None = None) -> int:
         """How many rows of a stored level (of `part` alone) are not there yet."""
-        part = part or range(len(self))
-        return int(np.count_nonzero(self._array(done_file(sigma))[part.start : part.stop] != _DONE))
+        part = range(len(self)) if part is None else part
+        return len(part) - int(np.count_nonzero(self.there(sigma, part)))
+
+    def there(self, sigma: float, part: range) -> np.ndarray:
+        """Which rows of `part` a stored level has: (n,) bool."""
+        return self._array(done_file(sigma))[part.start : part.stop] == _DONE
 
     def chunks(
         self, sigmas: Iterable[float], batch: int, part: range | None = None
     ) -> Iterator[Chunk]:
         """The same by level, at most `batch` rows at a time, found as they are asked for: a list of the
         chunks of ten million images would take longer than the first of them."""
-        part = part or range(len(self))
+        part = range(len(self)) if part is None else part
         for sigma in sigmas:
             done, left = self._array(done_file(sigma)), np.empty(0, np.int64)
             for start in range(part.start, part.stop, _WINDOW):

@@ -12,7 +12,7 @@ from typing import Any
 # rank, and goes on when the same command is given again. A script requeues on it.
 RESUMABLE = 75
 
-_SIGNALS = (
+SIGNALS = (
     signal.SIGINT,
     signal.SIGTERM,
     *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []),
@@ -46,7 +46,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 self._old[number] = signal.signal(number, self._handle)
         return self
 

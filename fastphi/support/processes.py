@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastphi.support.interrupts import SIGNALS
+
 T = TypeVar("T")
 
 
@@ -84,7 +86,8 @@ _job: tuple[Callable[..., Any], Any]
 def _start(work: Callable[..., Any], pickled: bytes, threads: int) -> None:
     global _job
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
+    for number in SIGNALS:  # the parent's, which ends the workers: SLURM tells every process
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
     _job = work, pickle.loads(pickled)
 

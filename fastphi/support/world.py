@@ -47,6 +47,11 @@ class Gone(RuntimeError):
         return type(self), (str(self), self.mine)
 
 
+def told(error: BaseException) -> bool:
+    """Whether it is for this rank to say why a job has ended."""
+    return error.mine if isinstance(error, Gone) else getattr(error, "told", True)
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of a job: this one's number, how many there are, the same of this machine's."""

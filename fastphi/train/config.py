@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +120,8 @@ class TrainConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._check_sigmas(put)
-        _device(self.device)
+        if not isinstance(self.device, str) or not _DEVICES.fullmatch(self.device):
+            raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
     def _check_sigmas(self, put: Any) -> None:
         log_uniform = self.sigma_density == "log-uniform"
@@ -165,20 +167,6 @@ class TrainConfig:
         low = min(max(self.sigma_min or 0.0, 0.01), self.sigma_max)
         return list(dict.fromkeys(float(f"{s:.4g}") for s in np.geomspace(low, self.sigma_max, 10)))
 
-    def find_device(self, local_rank: int = 0) -> torch.device:
-        """The device to train on; of several processes of one machine, each has its own."""
-        device = _device(self.device)
-        if self.device == "auto":
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError(f"device: {self.device}, but torch sees no CUDA device")
-            if device.index is None:
-                device = torch.device("cuda", local_rank)
-            if device.index >= torch.cuda.device_count():
-                raise ValueError(f"device: {device}, but torch sees {torch.cuda.device_count()}")
-        return device
-
     def mixed_precision(self, device: torch.device) -> bool:
         """Whether to run in bf16 autocast on `device`."""
         if self.amp != "auto":
@@ -202,16 +190,7 @@ _CHOICES = {
 }
 
 
-def _device(name: str) -> torch.device | Any:
-    if name == "auto":
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    return device
+_DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def _fast_bf16() -> bool:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastphi import data, engine, noise
 from fastphi.config import TrainingInfo
 from fastphi.engine import ops
-from fastphi.support import files, processes, transfer, validate
+from fastphi.support import device, files, processes, transfer, validate
 from fastphi.support.interrupts import Interrupts, raise_for
 from fastphi.support.world import Gone, World
 from fastphi.train import folder
@@ -98,7 +98,7 @@ class Trainer:
         self.world = World.here()
         self.images = data.open_images(config.data if images is None else images)
         self.split = self._split()
-        self.device = config.find_device(self.world.local_rank)
+        self.device = device.find(config.device)
         self.amp = config.mixed_precision(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # this generator, no device's
