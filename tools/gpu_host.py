@@ -179,7 +179,7 @@ def training_step(n: int) -> Iterator[Callable[[], None]]:
 def without_values() -> None:
     """Nothing looks at values, which mean nothing here; and the weights' sums are the same each time."""
     from fastphi.engine.gpu import pack
-    from fastphi.sampling import guidance, sampler
+    from fastphi.sampling import guidance, run
     from fastphi.support import validate
     from fastphi.train.step import Step
 
@@ -192,7 +192,7 @@ def without_values() -> None:
 
     pack.Content.sums = zero
     validate.finite = lambda x, name: x
-    sampler._check_finite = lambda info: None
+    run._check_finite = lambda info: None
     guidance._told_idle.append(True)
     Step._checked = lambda self, *args: 0.0
 

@@ -119,7 +119,9 @@ def reconstruct_command(
         target = targets.fixed(wanted, copies=copies)
     if channels is not None:
         target = target.with_channels(channels, zero_elsewhere=zero_elsewhere)
-    result = fastphi.reconstruct(loaded, target, save=out, progress=True, **_ends(options))
+    result = fastphi.reconstruct(
+        loaded, target, save=out, progress=True, ranks=True, **_ends(options)
+    )
     ratio = float((result.losses_last / result.losses_first).nanmedian())
     say(f"{out}: {len(result)} images, phi loss after over before matching {ratio:.2g} (median)")
     if picture is not None:
@@ -169,7 +171,7 @@ def sample_command(
     """Sample, draw."""
     check_picture(picture)
     loaded = load(model, device, backend)
-    result = fastphi.sample(loaded, n, save=out, progress=True, **_ends(options))
+    result = fastphi.sample(loaded, n, save=out, progress=True, ranks=True, **_ends(options))
     say(f"{out}: {len(result)} images")
     if picture is not None:
         _save_grid(picture, list(result.images.cpu().split(8)), [])

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from fastphi.sampling.plan import make_plan
 from fastphi.sampling.record import StepInfo
 from fastphi.sampling.result import Reconstruction
-from fastphi.sampling.sampler import Sampler, run
+from fastphi.sampling.run import run
+from fastphi.sampling.sampler import Sampler
 from fastphi.targets import Targets
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def reconstruct(
     save: str | os.PathLike[str] | None = None,
     save_every: int = 10,
     resume: bool = True,
+    ranks: bool = False,
 ) -> Reconstruction:
     """Algorithm 1: sample images, matching φ to the target's (Algorithm 2) at every noise level.
 
@@ -68,11 +70,14 @@ def reconstruct(
     save: an .npz with the state, rewritten every `save_every` steps and when interrupted, and with
         the result in the end. The same call goes on from it, to the same bits, unless `resume` is
         False.
+    ranks: whether the processes that torchrun or srun started, each with the model on a device of its
+        own, make some of the images each, to the same bits, and bring them together in `save`; all
+        return when they are there. As many as there are go on from what any number have left.
 
     Targets with a range of noise levels must cover the form's; where the adaptive form's σ̂ strays
     beyond their ends, the end is taken. Raises ValueError or TypeError before any work for
     arguments that do not fit or a `save` that holds another run, FloatingPointError where NaN or
-    Inf arises.
+    Inf arises, support.world.Gone where another rank is gone.
     """
     if not isinstance(targets, Targets):
         raise TypeError(
@@ -106,4 +111,5 @@ def reconstruct(
         save=save,
         save_every=save_every,
         resume=resume,
+        ranks=ranks,
     )

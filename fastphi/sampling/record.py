@@ -64,13 +64,15 @@ class Record:
 
     def __init__(
         self,
-        plan: Plan,
+        samples: np.ndarray,
+        every: int,
         device: torch.device,
         settings: dict[str, Any],
         path: Path | None,
     ) -> None:
+        """samples: (N,) ids. every: so many steps the images are kept, 0: never."""
         self.path, self.device, self.settings = path, device, settings
-        self.samples, self.every = torch.tensor(plan.samples), plan.store_progress
+        self.samples, self.every = torch.from_numpy(samples), every
         self.rows: dict[str, list[Tensor]] = {name: [] for name in TABLES}
         self.kept: list[Tensor] = []
         self._stored_step = -1

@@ -7,11 +7,9 @@ image never depends on which others are made with it. `sample` is the loop witho
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,19 +20,12 @@ from fastphi import engine, noise
 from fastphi.engine import ops
 from fastphi.sampling import guidance
 from fastphi.sampling.guidance import MatchResult
-from fastphi.sampling.plan import Plan, make_plan
+from fastphi.sampling.plan import Plan
 from fastphi.sampling.record import (
-    Record,
     State,
     StepInfo,
-    check_run_options,
-    earlier_run,
-    finished_run,
-    progress_bar,
-    run_settings,
 )
-from fastphi.sampling.result import Reconstruction
-from fastphi.support import files, validate
+from fastphi.support import validate
 from fastphi.support.transfer import to_device, to_host
 from fastphi.targets import Targets
 
@@ -47,70 +38,25 @@ log = logging.getLogger("fastphi")
 _BATCH = 64
 
 
-def sample(
-    model: UNet,
-    n: int,
-    *,
-    size: int | tuple[int, int],
-    form: str = "adaptive",
-    seed: int = 0,
-    samples: Sequence[int] | None = None,
-    sigmas: tuple[float, float, int] | None = None,
-    h0: float = 0.01,
-    beta: float = 0.01,
-    sigma_0: float | None = None,
-    sigma_last: float | None = None,
-    fixed_h: bool = False,
-    max_steps: int = 10_000,
-    batch: int | None = None,
-    callback: Callable[[StepInfo], object] | None = None,
-    store_progress: bool | int = False,
-    progress: bool = False,
-    save: str | os.PathLike[str] | None = None,
-    save_every: int = 10,
-    resume: bool = True,
-) -> Reconstruction:
-    """n images of the denoiser's prior: the loop of `reconstruct` without matching.
-
-    size: height and width in pixels, one number or two. All other arguments, what is returned and
-    what is raised are as in `reconstruct`.
-    """
-    plan = make_plan(
-        model,
-        n,
-        form=form,
-        seed=seed,
-        samples=samples,
-        size=size,
-        sigmas=sigmas,
-        h0=h0,
-        beta=beta,
-        sigma_0=sigma_0,
-        sigma_last=sigma_last,
-        fixed_h=fixed_h,
-        max_steps=max_steps,
-        store_progress=store_progress,
-    )
-    sampler = Sampler(model, None, plan, batch)
-    return run(
-        sampler,
-        callback=callback,
-        progress=progress,
-        save=save,
-        save_every=save_every,
-        resume=resume,
-    )
-
-
 class Sampler:
     """Algorithm 1 in both forms: `start`, then `step` until `done`, then `finish`."""
 
     def __init__(self, model: UNet, targets: Targets | None, plan: Plan, batch: int | None) -> None:
         self.model, self.targets, self.plan = model, targets, plan
         self.batch = _BATCH if batch is None else validate.integer(batch, "batch", low=1)
-        self.samples = np.array(plan.samples, np.int64)
+        self.part = range(len(plan.samples))  # the rows that it makes
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+
+    def of(self, part: range) -> Sampler:
+        """The same of some of the images; its own rows count from 0."""
+        sampler = copy.copy(self)
+        sampler.part = part
+        return sampler
+
+    @property
+    def samples(self) -> np.ndarray:
+        return np.array(self.plan.samples[self.part.start : self.part.stop], np.int64)
 
     def start(self) -> State:
         n, (_, h, w) = len(self.samples), self.plan.shape
@@ -197,7 +143,7 @@ class Sampler:
         targets, plan = self.targets, self.plan
         if targets.sigma_range is not None:  # covers the plan; σ̂ may begin a little above σ_0
             sigma = np.clip(sigma, *targets.sigma_range)
-        phi = targets.phi(sigma, rows)
+        phi = targets.phi(sigma, rows + self.part.start)
         options = (plan.lr, plan.max_iter, plan.tolerance, targets.channels, targets.zero_elsewhere)
         parts = [
             guidance.match(self.model, x[chunk], phi[chunk], *options)
@@ -212,60 +158,6 @@ class Sampler:
 
     def _column(self, values: np.ndarray) -> Tensor:
         return to_device(values, self.device, self.dtype)[:, None, None, None]
-
-
-def run(
-    sampler: Sampler,
-    *,
-    callback: Callable[[StepInfo], object] | None,
-    progress: bool,
-    save: str | os.PathLike[str] | None,
-    save_every: int,
-    resume: bool,
-) -> Reconstruction:
-    """Take the steps and keep their record; store the state, and go on from a stored one."""
-    check_run_options(callback, save, save_every)
-    path = None if save is None else Path(save).absolute()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(engine.plain_mode(sampler.model, sampler.device))
-        settings = run_settings(sampler.model, sampler.targets, sampler.plan)
-        record = Record(sampler.plan, sampler.device, settings, path)
-        if resume and (done := finished_run(path, settings)):
-            return record.result(record.restore(done), finished=True)
-        if path is not None and not files.is_stream(path):
-            stack.enter_context(files.owned(path, "save"))
-        earlier = earlier_run(path, settings) if resume else None
-        state = sampler.start() if earlier is None else record.restore(earlier)
-        if earlier is not None and earlier.finished:  # by whoever held the file a moment ago
-            return record.result(state, finished=True)
-        record.store(state)  # a path that cannot be written is found now, not after the first steps
-        with progress_bar(sampler.plan, state.step, progress) as show:
-            try:
-                while not sampler.done(state):
-                    after, info = sampler.step(state)
-                    _check_finite(info)
-                    record.add(info, after)
-                    state = after
-                    if callback is not None:
-                        callback(info)
-                    show(info)
-                    if state.step % save_every == 0:
-                        record.store(state)
-                return record.finish(sampler.finish(state))
-            except BaseException:  # Ctrl-C too: keep all whole steps
-                record.rescue(state)
-                raise
-
-
-def _check_finite(info: StepInfo) -> None:
-    bad = ~torch.isfinite(info.x).flatten(1).all(1)
-    bad |= info.match.last.isnan() & ~info.match.first.isnan()
-    if bad.any():
-        i = int(bad.nonzero()[0])
-        raise FloatingPointError(
-            f"step {info.step}: NaN or Inf in the image of sample {info.samples[i]} (row "
-            f"{info.rows[i]}) at σ = {info.sigma[i]:g}"
-        )
 
 
 def _rms(f: Tensor) -> np.ndarray:
