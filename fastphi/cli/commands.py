@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastphi import data, targets
 from fastphi.analysis.neighbours import nearest
 from fastphi.cli.start import load, say
 from fastphi.support import files, plots, reading, validate
+from fastphi.support.world import World
 
 
 def neighbours_command(
@@ -149,9 +151,13 @@ def analyze_command(
     loaded = load(model, device, backend)
     given = {name: value for name, value in options.items() if value is not None}
     settings = replace(QUICK if quick else Settings(), **given)
-    with files.locked(out, "out", mark="study.json"):
-        study = Study(loaded, images, out, settings, training=training, progress=True)
+    world = World.here()
+    with world.job(), contextlib.ExitStack() as stack:
+        world.first(lambda: stack.enter_context(files.locked(out, "out", mark="study.json")))
+        study = Study(loaded, images, out, settings, training=training, progress=True, ranks=True)
         results = study.run(stages)
+        if world.rank:
+            return
         page = report.write(study, results)
         say(f"{page}: {len(results)} analyses")
         if "map" in results:

@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         with Interrupts():
             if world.size > 1 and arguments[:1] in (["pack"], ["doctor"]):
                 raise ValueError(f"{arguments[0]}: works in one process, {world.size} were started")
-            with world.job():
+            with world.job(patience=120):
                 _run(arguments)
     except KeyboardInterrupt as error:
         _end(error, "interrupted; run the same command again to go on", 130)

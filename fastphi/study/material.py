@@ -16,6 +16,7 @@ from fastphi.analysis.neighbours import distinct
 from fastphi.phi import PhiStore, extract
 from fastphi.sampling import Reconstruction, reconstruct
 from fastphi.support import files, reading
+from fastphi.support.world import World
 from fastphi.unet import UNet
 
 
@@ -64,7 +65,8 @@ class Material:
     samples. results: of the stages that are done.
 
     model: a denoiser; images: a pack or images; training: the pack it was trained on, for nearest
-    training images; out: the folder of everything. Raises ValueError where `out` is of another study.
+    training images; out: the folder of everything; ranks: whether the processes that torchrun or srun
+    started share the work. Raises ValueError where `out` is of another study.
     """
 
     def __init__(
@@ -76,9 +78,12 @@ class Material:
         *,
         training: Any = None,
         progress: bool = False,
+        ranks: bool = False,
     ) -> None:
         self.model, self.images, self.out = model, data.open_images(images), Path(out).absolute()
-        self.settings, self.progress = settings or Settings(), progress
+        self.world = World.here() if ranks else World()
+        self.ranks, self.progress = ranks, progress and self.world.rank == 0
+        self.settings = settings or Settings()
         self.training = None if training is None else data.open_images(training)
         n = min(self.settings.images, len(self.images))
         if n < 40:
@@ -86,7 +91,8 @@ class Material:
         chosen = np.random.default_rng(self.settings.seed).permutation(len(self.images))[:n]
         self.rows = np.sort(chosen)
         self.few = self.rows[np.linspace(0, n - 1, min(self.settings.few, n)).astype(int)]
-        self._claim_folder()
+        with self.world.job():
+            self.world.first(self._claim_folder)
         self.results: dict[str, Result] = {}
 
     def _claim_folder(self) -> None:
@@ -109,6 +115,7 @@ class Material:
 
     def _extract(self, name: str, model: UNet, rows: np.ndarray, **options: Any) -> PhiStore:
         options |= {"indices": rows, "seed": self.settings.seed, "progress": self.progress}
+        options["ranks"] = self.ranks
         return extract(model, self.images, self.out / "phi" / name, **options)
 
     @cached_property
@@ -194,6 +201,7 @@ class Material:
             seed=s.seed,
             save=self.out / "reconstruction.npz",
             progress=self.progress,
+            ranks=self.ranks,
         )
 
     @cached_property

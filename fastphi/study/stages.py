@@ -183,6 +183,30 @@ def _decoding(s: Material) -> Result:
     return decode_objects(s.model, height, 400, control=s.fresh)
 
 
+# What each stage needs that ranks make together, before the stages are dealt to them.
+_PHI = ("store",)
+_BOTH = ("store", "fresh_phi")
+_BLOCKS = ("blocks", "fresh_blocks")
+MATERIAL: dict[str, tuple[str, ...]] = {
+    "sparsity": _BLOCKS,
+    "stability": _BLOCKS,
+    "selectivity": _BOTH,
+    "channels": _BOTH,
+    "subspaces": _PHI,
+    "neighbours": _BOTH,
+    "clusters": _PHI,
+    "agreement": _PHI,
+    "map": _PHI,
+    "likeness": ("store", "reconstruction"),
+    "generation": _PHI,
+    "memorisation": ("store", "reconstruction"),
+    "divergence": _PHI,
+    "noise_level": (),
+    "probe": _BOTH,
+    "shifts": (),
+    "decoding": (),
+}
+
 STAGES: dict[str, Callable[[Material], Result | None]] = {
     "sparsity": _sparsity,
     "stability": _stability,

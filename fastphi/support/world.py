@@ -28,7 +28,6 @@ log = logging.getLogger("fastphi")
 
 _BEAT = 0.5  # seconds from one beat to the next
 _MISSED = 20  # looks without a beat after which a rank is gone
-_LATE = 1200  # looks in which a rank must have come at all
 _GRACE = 5.0  # seconds in which a rank that computes may end by itself
 _PIECE = 4 << 20  # bytes of a value that the store takes at a time
 
@@ -96,15 +95,16 @@ class World:
         return _link
 
     @contextlib.contextmanager
-    def job(self) -> Iterator[World]:
+    def job(self, patience: float = 600) -> Iterator[World]:
         """Work that all ranks do together; ends when all of them have done theirs. Jobs may nest.
 
-        Gone where another rank is gone or has failed. A rank that fails tells the others.
+        patience: seconds in which every rank must have come. Gone where another rank has not, is gone
+        or has failed. A rank that fails tells the others.
         """
         if self.size == 1:
             yield self
             return
-        with self.link().job():
+        with self.link().job(patience):
             yield self
 
     def check(self) -> None:
@@ -134,6 +134,15 @@ class World:
         """The first rank's make(), on every rank; its exception, too."""
         return make() if self.size == 1 else self.link().first(make)
 
+    def deal(self, n: int) -> Iterator[int]:
+        """The numbers 0 ... n − 1, each to the rank that asks for it next."""
+        if self.size == 1:
+            yield from range(n)
+            return
+        take = self.link().dealer()
+        while (i := take()) < n:
+            yield i
+
     def agree(self, facts: dict[str, Any], name: str) -> None:
         """ValueError on every rank where one has other facts than the first, or another version."""
         facts = {"version of fastphi": __version__} | facts
@@ -145,10 +154,6 @@ class World:
                     f"{name}: rank {rank} has another {', '.join(differ)} than rank 0 "
                     f"({', '.join(there)}; {', '.join(here)})"
                 )
-
-    def cut(self, n: int) -> range:
-        """This rank's of the equal runs of n things."""
-        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
 
 def _initialised() -> Any:
@@ -202,10 +207,10 @@ class _Link:
         self.group_store, self.store = store, dist.PrefixStore("fastphi", store)
 
     @contextlib.contextmanager
-    def job(self) -> Iterator[None]:
+    def job(self, patience: float) -> Iterator[None]:
         if self.depth == 0:
             self.jobs += 1
-            self.watch = _Watch(self)
+            self.watch = _Watch(self, patience)
             self.watch.start()
         self.depth += 1
         try:
@@ -260,6 +265,17 @@ class _Link:
             raise error
         return value
 
+    def dealer(self) -> Callable[[], int]:
+        """What gives 0, 1, 2, ..., each number to one rank."""
+        name = self._call()
+
+        def take() -> int:
+            self.check()
+            with self.connected():
+                return self.store.add(name, 1) - 1
+
+        return take
+
     def _call(self) -> str:
         """A name for what is exchanged: the ranks make the same calls in the same order."""
         self.calls += 1
@@ -305,11 +321,11 @@ class _Watch(threading.Thread):
     is kept.
     """
 
-    def __init__(self, link: _Link) -> None:
+    def __init__(self, link: _Link, patience: float) -> None:
         super().__init__(name="fastphi-watches-ranks", daemon=True)
         from torch import distributed as dist
 
-        self.world = link.world
+        self.world, self.patience = link.world, patience
         # of its own: another thread's wait would hold the connection
         self.store = dist.PrefixStore(f"fastphi/{link.jobs}", link.group_store.clone())
         self.failed, self.heeded, self.left = (threading.Event() for _ in range(3))
@@ -365,8 +381,8 @@ class _Watch(threading.Thread):
             if beat and looks > _MISSED:
                 where = self.store.get(f"host/{rank}").decode()
                 self.tell(f"rank {rank} ({where}) is gone")
-            elif looks > _LATE:
-                self.tell(f"rank {rank} has not come in {_LATE * _BEAT:g} seconds")
+            elif looks * _BEAT > self.patience:
+                self.tell(f"rank {rank} has not come in {self.patience:g} seconds")
 
     def _end(self) -> None:
         self.heeded.wait(_GRACE)
