@@ -149,7 +149,7 @@ def _shares(out: Path, manifest: dict[str, Any], part: range, size: int) -> list
         there = [s for s in manifest["sigmas"] if s in store.sigmas]
         lacking -= sum(store.there(s, part) for s in there)
     before = np.cumsum(lacking)
-    ends = np.searchsorted(before, before[-1] * np.arange(1, size) / size, side="left")
+    ends = np.searchsorted(before, before[-1] * np.arange(1, size) / size, side="right")
     cuts = [part.start, *(part.start + ends).tolist(), part.stop]
     return [range(a, b) for a, b in itertools.pairwise(cuts)]
 

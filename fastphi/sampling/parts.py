@@ -49,7 +49,7 @@ def cut(
     steps, source = _furthest(sources, len(plan.samples))
     left = _left(steps, source, sources, plan)
     before = np.cumsum(left)
-    ends = np.searchsorted(before, before[-1] * np.arange(1, size) / size).tolist()
+    ends = np.searchsorted(before, before[-1] * np.arange(1, size) / size, "right").tolist()
     ends = [0, *ends, len(left)]
     breaks = np.flatnonzero(np.diff(source)) + 1
     shares = []
@@ -85,9 +85,10 @@ def _furthest(sources: list[Source], n: int) -> tuple[np.ndarray, np.ndarray]:
 def _left(steps: np.ndarray, source: np.ndarray, sources: list[Source], plan: Plan) -> np.ndarray:
     """(N,) what each row has left to do: its steps, where the schedule tells how many."""
     if plan.form == "schedule":
-        return np.maximum(plan.steps - np.maximum(steps, 0), 0) + 1e-3
-    stopped = np.array([i >= 0 and sources[i][2].finished for i in source])
-    return np.where(stopped, 1e-3, 1.0)
+        left = np.maximum(plan.steps - np.maximum(steps, 0), 0)
+    else:
+        left = np.array([int(i < 0 or not sources[i][2].finished) for i in source])
+    return left if left.any() else np.ones_like(left)
 
 
 def _rewrite(
