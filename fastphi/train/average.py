@@ -5,7 +5,7 @@ exponential: 1 − w_t = ½^(B/h), B images a step and h the half-life in images
 power (Karras et al. 2024, arXiv 2312.02696): 1 − w_t = (1 − 1/t)^(γ+1). θ_τ then has a share ∝ τ^γ, whose
     standard deviation is σ_rel t: the average spans the same part of a run however long that is.
 
-On a CPU it is 3.5 % of the paper's network's step on 8 images, 0.2 % of one on 128: one pass over both.
+On a CPU that is 9 ms of one thread for the paper's network, 1.2 % of a step on 8 images (Adam: 19 ms).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from fastphi.train import folder
 from fastphi.train.captured import CapturedStep
 from fastphi.train.config import TrainConfig
 from fastphi.train.log import Callback, Writer
-from fastphi.train.process import deterministic, join
+from fastphi.train.process import deterministic, join, mean_gradient
 from fastphi.train.record import RunState, Split
 from fastphi.train.step import Share, Step
 from fastphi.unet import UNet
@@ -214,6 +214,10 @@ class Trainer:
             denoiser = torch.compile(denoiser)  # type: ignore[assignment]
         if self.world.size > 1:
             denoiser = DistributedDataParallel(denoiser)
+            # without annotations: torch takes none that are text
+            denoiser.register_comm_hook(
+                self.world, lambda world, bucket: mean_gradient(world, bucket)
+            )
         kind: type[Step] = Step
         if self.device.type == "cuda":
             if (reason := ops.missing("cuda")) is None:
