@@ -1,12 +1,14 @@
 """A training step on a GPU: one CUDA graph, two copies up and one down, and no wait for the device.
 
 The graph decodes the images and makes their noise, and has the network forward and backward, the sum of
-the losses, the gradient's norm and Adam. What a step is told goes up in two pieces: the images as they
-are stored, and its `Numbers`. What it tells comes down in one: its losses, which the host reads when the
-step after it has been launched, so that the device never waits for the host.
+the losses, the gradient's norm, Adam and, where there is one, the average of the weights. What a step is
+told goes up in two pieces: the images as they are stored, and its `Numbers`. What it tells comes down in
+one: its losses, which the host reads when the step after it has been launched, so that the device never
+waits for the host.
 
 A loss or a gradient that is not finite must not change the parameters, and the host is late to see it:
-`stop`, on the device, then makes Adam leave everything as it is, in this step and in those after it.
+`stop`, on the device, then makes Adam and the average leave everything as it is, in this step and in
+those after it.
 
 The same launches one by one, where they cannot be captured, give the same bits; their losses are read
 at once.
@@ -28,20 +30,21 @@ from torch import Tensor
 from fastphi import noise
 from fastphi.engine import contract, ops
 from fastphi.engine.gpu.capture import captured
+from fastphi.train import average
 from fastphi.train.step import Step
 
 log = logging.getLogger("fastphi")
 
 
 class Numbers:
-    """A step's, in one piece of memory: sample, draw (n,) int64 (fastphi/noise.py); sigma (n,) and lr (),
-    float32."""
+    """A step's, in one piece of memory: sample, draw (n,) int64 (fastphi/noise.py); sigma (n,), lr () and
+    weight (), of the average, float32."""
 
     def __init__(self, n: int, **where: Any) -> None:
-        self.whole = torch.empty(2 * n + n // 2 + 1, dtype=torch.int64, **where)
-        self.sample, self.draw, rest = self.whole.split([n, n, n // 2 + 1])
+        self.whole = torch.empty(2 * n + (n + 3) // 2, dtype=torch.int64, **where)
+        self.sample, self.draw, rest = self.whole.split([n, n, (n + 3) // 2])
         floats = rest.view(torch.float32)
-        self.sigma, self.lr = floats[:n], floats[n]
+        self.sigma, self.lr, self.weight = floats[:n], floats[n], floats[n + 1]
 
 
 @dataclass
@@ -101,6 +104,7 @@ class CapturedStep(Step):
         numbers.draw.fill_(share.draw)
         numbers.sigma.copy_(torch.from_numpy(share.sigma))
         numbers.lr.fill_(self.run.lr(step + 1))
+        numbers.weight.fill_(average.weight(self.run.config, step + 1))
         return Upload(share.indices, self.images.stored(share.indices).pin_memory(), numbers)
 
     def gradient(self, batch: Upload) -> None:
@@ -159,8 +163,10 @@ class CapturedStep(Step):
         self.told = torch.cat([totals, losses.double()])
         finite = totals.isfinite().all()
         torch.maximum(self.stop, finite.logical_not().float(), out=self.stop)
-        with self._on_device():
+        with self._on_device(self._excess(totals)):
             self.run.optimizer.step()
+        if self.average:
+            average.follow(self.average, self.parameters, self.numbers.weight, self.stop)
 
     def _decoded(self) -> Decoded:
         pixels, (n, c, h, w) = self.pixels, (len(self.pixels), *self.images.shape)
@@ -174,19 +180,19 @@ class CapturedStep(Step):
         return Decoded(clean, its.sigma.reshape(-1, 1, 1, 1), image)
 
     @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Adam reads its rate and whether to stop from the device. Between the steps its settings are
-        those of any run: they are in the checkpoints."""
+    def _on_device(self, excess: Tensor | None) -> Iterator[None]:
+        """Adam reads its rate, by what to divide the gradient and whether to stop from the device. Between
+        the steps its settings are those of any run: they are in the checkpoints."""
         optimizer: Any = self.run.optimizer
         capturing = torch.cuda.is_current_stream_capturing()
         before = [(g["lr"], g["capturable"]) for g in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"], group["capturable"] = self.numbers.lr, capturing
-        optimizer.found_inf = self.stop
+        optimizer.grad_scale, optimizer.found_inf = excess, self.stop
         try:
             yield
         finally:
-            del optimizer.found_inf
+            del optimizer.grad_scale, optimizer.found_inf
             for group, (lr, capturable) in zip(optimizer.param_groups, before, strict=True):
                 group["lr"], group["capturable"] = lr, capturable
 

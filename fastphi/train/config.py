@@ -64,6 +64,17 @@ class TrainConfig:
     """Learning rate of Adam at the start."""
     lr_halve_every: int = 100
     """Epochs after which the learning rate is halved, again and again."""
+    warmup: int = 0
+    """Steps over which the learning rate rises linearly to what it would be (a run may end before)."""
+    clip: float | None = None
+    """Highest norm of the gradient, all parameters together: a longer one is scaled down to it."""
+    ema: Literal["none", "exponential", "power"] = "none"
+    """Average the weights over the steps: by a half-life, or by a power of the step (Karras et al. 2024).
+    The average is then what is evaluated, saved as model.safetensors and returned."""
+    ema_halflife: int | None = None
+    """Half-life of the exponential average in images; at most a 20th of those seen so far."""
+    ema_sigma_rel: float | None = None
+    """Width of the power average: its standard deviation over the run's length (0.05 to 0.15, say)."""
     sigma_min: float | None = None
     """Lowest noise level, in units of images in [0, 1] (default 0; for log-uniform 1/255)."""
     sigma_max: float = 1.0
@@ -114,14 +125,33 @@ class TrainConfig:
             raise ValueError(f"holdout: give heldout or holdout, not both; got {self.holdout}")
         validate.seed(self.seed)
         put("lr", validate.number(self.lr, "lr", low=0, open_low=True))
+        put("warmup", validate.integer(self.warmup, "warmup", low=0))
+        if self.clip is not None:
+            put("clip", validate.number(self.clip, "clip", low=0, open_low=True))
         for name, allowed in _CHOICES.items():
             validate.choice(getattr(self, name), name, allowed)
         for name in ("compile", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        self._check_ema(put)
         self._check_sigmas(put)
         if not isinstance(self.device, str) or not _DEVICES.fullmatch(self.device):
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+
+    def _check_ema(self, put: Any) -> None:
+        for kind, name, example in (
+            ("exponential", "ema_halflife", "500000 images"),
+            ("power", "ema_sigma_rel", "0.1"),
+        ):
+            value = getattr(self, name)
+            if (value is None) == (self.ema == kind):
+                wanted = f"a number ({example}, say)" if value is None else f"none, it is {kind}'s"
+                raise ValueError(f"{name}: with ema {self.ema} expected {wanted}; got {value}")
+        if self.ema_halflife is not None:
+            put("ema_halflife", validate.integer(self.ema_halflife, "ema_halflife", low=1))
+        if self.ema_sigma_rel is not None:  # that of the plain mean of all steps is the highest
+            high, name = 12**-0.5, "ema_sigma_rel"
+            put(name, validate.number(self.ema_sigma_rel, name, low=1e-4, high=high))
 
     def _check_sigmas(self, put: Any) -> None:
         log_uniform = self.sigma_density == "log-uniform"
@@ -185,6 +215,7 @@ class TrainConfig:
 _CHOICES = {
     "sigma_density": ("sqrt", "uniform", "log-uniform"),
     "loss_weight": ("none", "inverse-variance"),
+    "ema": ("none", "exponential", "power"),
     "amp": ("auto", "off", "bf16"),
     "backend": engine.BACKENDS,
 }

@@ -19,7 +19,7 @@ import torch
 from fastphi import checkpoint
 from fastphi.support import files, reading, validate
 from fastphi.support.world import World
-from fastphi.train.config import FREE
+from fastphi.train.config import FREE, TrainConfig
 from fastphi.train.process import from_first
 from fastphi.train.record import RunState
 
@@ -52,11 +52,13 @@ def resume(run: RunState, world: World) -> None:
     if state is not None:
         _restore(run, state)
     if world.rank == 0 and run.step >= run.steps and not _model(run).exists():
-        checkpoint.save(run.model, _model(run))
+        checkpoint.save(run.product, _model(run))
 
 
 def _restore(run: RunState, state: dict[str, Any]) -> None:
     run.model.load_state_dict(state["model"])
+    if run.average is not None:
+        run.average.load_state_dict(state["average"])
     # the optimiser's settings stay this run's: the other's were of its device (one kernel, say)
     settings = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
@@ -67,7 +69,7 @@ def _restore(run: RunState, state: dict[str, Any]) -> None:
 def save(run: RunState) -> None:
     """Model, then checkpoint: where the last step's checkpoint is, the finished model is, too."""
     _put_steps(run)
-    checkpoint.save(run.model, _model(run))
+    checkpoint.save(run.product, _model(run))
     _save_checkpoint(run)
 
 
@@ -102,6 +104,8 @@ def _find(run: RunState) -> dict[str, Any] | None:
 
 def _check_identity(run: RunState, theirs: dict[str, Any]) -> None:
     mine = identity(run)
+    # an earlier fastphi had only what is now the default
+    theirs = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | theirs
     differ = [k for k in mine if mine[k] != theirs.get(k)]
     if differ:
         raise ValueError(
@@ -131,21 +135,22 @@ def _write_config(run: RunState) -> None:
 
 
 def _save_checkpoint(run: RunState) -> None:
-    Checkpoints(run.config.out, run.config.keep).save(
-        {
-            "step": run.step,
-            "seconds": run.seconds,
-            "identity": json.dumps(identity(run)),
-            "environment": json.dumps(run.environment),
-            "model": run.model.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-        }
-    )
+    state = {
+        "step": run.step,
+        "seconds": run.seconds,
+        "identity": json.dumps(identity(run)),
+        "environment": json.dumps(run.environment),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+    }
+    if run.average is not None:
+        state["average"] = run.average.state_dict()
+    Checkpoints(run.config.out, run.config.keep).save(state)
 
 
 def _put_steps(run: RunState) -> None:
-    info = run.model.training_info
-    run.model.training_info = dataclasses.replace(info, steps=run.step)
+    for model in {run.model, run.product}:
+        model.training_info = dataclasses.replace(model.training_info, steps=run.step)
 
 
 def _model(run: RunState) -> Path:
@@ -211,6 +216,7 @@ _FIELDS: dict[str, validate.Check] = {
     "environment": validate.text,
     "model": validate.mapping,
     "optimizer": validate.mapping,
+    "average": validate.mapping,
 }
 
 
@@ -219,7 +225,9 @@ def _read(path: Path) -> dict[str, Any]:
     state = reading.torch_file(path, _WHAT, "out")
     with reading.whole(path, _WHAT, "out"):
         if state["format"] == FORMAT:
-            validate.record(state, "it", _FIELDS)
+            validate.record(state, "it", _FIELDS, lacking=("average",))
             for name in ("identity", "environment"):
                 state[name] = reading.json_object(state[name])
+            if state["identity"].get("ema", "none") != "none" and "average" not in state:
+                raise ValueError("it: lacks average")
         return state

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.futures import Future
 
 from fastphi.support.world import World
 
@@ -29,10 +31,38 @@ def join(world: World, device: torch.device) -> None:
 
 
 def total(world: World, x: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
-    if world.size > 1:
-        dist.all_reduce(x)
-    return x
+    """The sum over all ranks, in their order: the same bits on all of them, however they are connected."""
+    if world.size == 1:
+        return x
+    everyone = [torch.empty_like(x) for _ in range(world.size)]
+    dist.all_gather(everyone, x)
+    return _in_order(everyone)
+
+
+def mean_gradient(world: World, bucket: dist.GradBucket) -> Future[Tensor]:
+    """What DistributedDataParallel is to do with the ranks' gradients: their mean, summed in order of rank.
+
+    Its own sum has an order that depends on how the ranks are connected, and on each gradient's place among
+    the others, which changes after a run's first step: other bits on other machines and after a resume.
+    As much is sent: each rank sums up one piece, and sends that to all.
+    """
+    gradient = bucket.buffer()
+    each = -(-len(gradient) // world.size)
+    whole = F.pad(gradient, (0, each * world.size - len(gradient)))
+    pieces = torch.empty_like(whole)
+    dist.all_to_all_single(pieces, whole)
+    mine = _in_order(list(pieces.split(each))).div_(world.size)
+    dist.all_gather(list(whole.split(each)), mine)
+    done: Future[Tensor] = Future(devices=[whole.device] if whole.is_cuda else None)
+    done.set_result(whole[: len(gradient)])
+    return done
+
+
+def _in_order(parts: list[Tensor]) -> Tensor:
+    """Their sum, into the first."""
+    for part in parts[1:]:
+        parts[0] += part
+    return parts[0]
 
 
 def from_first(world: World, make: Callable[[], T]) -> T:

@@ -25,8 +25,9 @@ class Split:
 
 @dataclass
 class RunState:
-    """config, and what training changes. steps: after which the run ends; step: completed so far;
-    seconds: spent on them; environment: what the bits depend on beside the settings."""
+    """config, and what training changes. average: the network of the averaged weights, where the run has
+    one; steps: after which the run ends; step: completed so far; seconds: spent on them; environment: what
+    the bits depend on beside the settings."""
 
     config: TrainConfig
     split: Split
@@ -37,8 +38,15 @@ class RunState:
     step: int = 0
     seconds: float = 0.0
     environment: dict[str, Any] = field(default_factory=dict)
+    average: UNet | None = None
+
+    @property
+    def product(self) -> UNet:
+        """What the run is for: evaluated, saved as its model, returned."""
+        return self.model if self.average is None else self.average
 
     def lr(self, step: int) -> float:
         """Learning rate of the optimiser's step number `step`, from 1."""
-        epoch = (step - 1) // self.steps_per_epoch
-        return self.config.lr * 0.5 ** (epoch // self.config.lr_halve_every)
+        c, epoch = self.config, (step - 1) // self.steps_per_epoch
+        risen = min(1.0, step / c.warmup) if c.warmup else 1.0
+        return c.lr * 0.5 ** (epoch // c.lr_halve_every) * risen

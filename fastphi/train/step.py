@@ -1,4 +1,6 @@
-"""A training step: the gradient of E‖x̂(x) − clean‖² over a batch, and Adam's update (§2.1, Appendix A)."""
+"""A training step: the gradient of E‖x̂(x) − clean‖² over a batch, and Adam's update (§2.1, Appendix A);
+where the run asks for them, the gradient's length is bounded, and the weights are averaged.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastphi import noise
 from fastphi.engine import ops
 from fastphi.support.world import World
+from fastphi.train import average
 from fastphi.train.process import total
 from fastphi.train.record import RunState
 
@@ -74,7 +77,8 @@ class Step:
     ) -> None:
         self.run, self.denoiser, self.world, self.amp = run, denoiser, world, amp
         self.share, self.images = share, run.split.images
-        self.parameters = list(run.model.parameters())
+        self.parameters: list[Tensor] = list(run.model.parameters())
+        self.average: list[Tensor] = [] if run.average is None else list(run.average.parameters())
         self.device = self.parameters[0].device
         self.asks = torch.zeros(
             (), dtype=torch.float64, device=self.device
@@ -84,7 +88,11 @@ class Step:
         self._moved = False  # what the optimizer keeps, into large pages
 
     def draw(self, step: int) -> Any:
-        """The step's images, their noise levels and their noise. By a thread of its own."""
+        """The step's images, their noise levels and their noise. By a thread of its own.
+
+        The CPU makes the noise: on a GPU this class trains only where the compiled operators are missing,
+        which alone make the same bits there.
+        """
         share, c = self.share(step), self.run.config
         z = noise.normal(
             c.seed, share.indices, noise.stream("train"), share.draw, self.images.shape
@@ -99,19 +107,25 @@ class Step:
     def gradient(self, batch: Any) -> None:
         """Of the batch, into the parameters' .grad; FloatingPointError where it is not finite."""
         losses = self._backward(batch.split(self._together(batch.indices)))
-        loss, norm, asks = self._totals(losses).tolist()
+        totals = self._totals(losses)
+        self._scale = self._excess(totals)
+        loss, norm, asks = totals.tolist()
         self._loss = self._checked(self.run.step + 1, loss, norm, losses, batch)
         self.asked = asks > 0
 
     def update(self, batch: Any) -> None:
         """The parameters by the gradient."""
+        optimizer: Any = self.run.optimizer
         self._set_lr()
-        self.run.optimizer.step()
+        optimizer.grad_scale = self._scale
+        optimizer.step()
+        if self.average:
+            weight = average.weight(self.run.config, self.run.step + 1)
+            average.follow(self.average, self.parameters, weight)
         if not self._moved:
             self._moved = True
-            ops.move_to_large_pages(
-                [v for state in self.run.optimizer.state.values() for v in state.values()]
-            )
+            states = [v for state in optimizer.state.values() for v in state.values()]
+            ops.move_to_large_pages([*states, *self.average])
         self._count_write()
         self._known.append((self.run.step + 1, self._loss))
 
@@ -160,9 +174,16 @@ class Step:
         )
         return total(self.world, torch.stack([losses.double().sum(), norm.double(), self.asks]))
 
+    def _excess(self, totals: Tensor) -> Tensor | None:
+        """By what Adam divides the gradient, so that it is no longer than `clip`: () float32, and no
+        wait for a device. Processes have one gradient, and the sum of its norm is the same in all."""
+        if (clip := self.run.config.clip) is None:
+            return None
+        return (totals[1] / (self.world.size * clip)).clamp(min=1).float()
+
     def _count_write(self) -> None:
-        """For whoever keeps a form of the weights: a fused Adam does not tell torch that it wrote."""
-        torch.autograd.graph.increment_version(self.parameters)
+        """For whoever keeps a form of the weights: a fused operator does not tell torch that it wrote."""
+        torch.autograd.graph.increment_version([*self.parameters, *self.average])
 
     def _set_lr(self) -> None:
         for group in self.run.optimizer.param_groups:

@@ -10,6 +10,7 @@ start them (torchrun --nproc-per-node 4 -m fastphi train ..., srun fastphi train
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -33,7 +34,7 @@ from fastphi.train import folder
 from fastphi.train.captured import CapturedStep
 from fastphi.train.config import TrainConfig
 from fastphi.train.log import Callback, Writer
-from fastphi.train.process import deterministic, join
+from fastphi.train.process import deterministic, join, mean_gradient
 from fastphi.train.record import RunState, Split
 from fastphi.train.step import Share, Step
 from fastphi.unet import UNet
@@ -124,9 +125,12 @@ class Trainer:
         each = len(self.split.training) // config.batch
         steps = min(each * config.epochs, config.max_steps or 1 << 62)
         self.state = RunState(config, self.split, self.model, self.optimizer, each, steps)
+        if config.ema != "none":
+            self.state.average = copy.deepcopy(self.model)
 
     def run(self, callback: Callback | None = None, progress: bool = True) -> UNet:
-        """Train to the end, or go on from the newest checkpoint in `config.out`.
+        """Train to the end, or go on from the newest checkpoint in `config.out`. Returns the model; with
+        `config.ema`, the network of the averaged weights (`model` then has the last step's).
 
         callback: called after every line of the log with that line (a dict), on the first process; on
         a GPU, steps with a line are then waited for.
@@ -142,7 +146,7 @@ class Trainer:
         join(self.world, self.device)
         self.world.agree(folder.identity(self.state), "config")
         if folder.finished_elsewhere(self.state, self.world):
-            return self.model
+            return self.state.product
         with contextlib.ExitStack() as stack:
             if self.world.rank == 0:
                 stack.enter_context(files.locked(self.config.out, "out", mark="checkpoints"))
@@ -153,7 +157,7 @@ class Trainer:
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
             self._train(stack.enter_context(Interrupts()), callback, progress)
-        return self.model
+        return self.state.product
 
     # --- the algorithm ---
 
@@ -210,6 +214,10 @@ class Trainer:
             denoiser = torch.compile(denoiser)  # type: ignore[assignment]
         if self.world.size > 1:
             denoiser = DistributedDataParallel(denoiser)
+            # without annotations: torch takes none that are text
+            denoiser.register_comm_hook(
+                self.world, lambda world, bucket: mean_gradient(world, bucket)
+            )
         kind: type[Step] = Step
         if self.device.type == "cuda":
             if (reason := ops.missing("cuda")) is None:
@@ -273,7 +281,7 @@ class Trainer:
         """PSNR of the held-out images, in float32 whatever the training's precision."""
         batch = min(64, self.config.micro_batch or 64)
         return psnr(
-            self.model,
+            self.state.product,
             self.split.heldout,
             self.config.evaluation_sigmas(),
             indices=self.split.held,

@@ -19,7 +19,7 @@ import torch
 from fastphi import checkpoint, data
 from fastphi.config import UNetConfig
 from fastphi.support.world import World
-from fastphi.train import TrainConfig, Trainer, psnr
+from fastphi.train import TrainConfig, Trainer, average, psnr
 from fastphi.train.captured import CapturedStep
 from fastphi.train.step import Step
 from fastphi.unet import UNet
@@ -29,6 +29,7 @@ pytestmark = [*gpu_case.marks(), pytest.mark.usefixtures("exact_products")]
 NETWORK = UNetConfig(channels=(16, 32), enc_layers=1, mid_layers=1, dec_layers=2)
 SIZE = 16
 KINDS = ("kernel", "emulated", "memset", "graph launch", "host function")
+AT_SCALE = {"ema": "power", "ema_sigma_rel": 0.1, "clip": 100.0}
 ONE_BY_ONE = "training steps run launch by launch"
 
 
@@ -78,8 +79,13 @@ def one_by_one(monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"micro_batch": 3}, {"loss_weight": "inverse-variance", "sigma_min": 0.1, "amp": "off"}],
-    ids=["plain", "micro", "weighted"],
+    [
+        {},
+        {"micro_batch": 3},
+        {"loss_weight": "inverse-variance", "sigma_min": 0.1, "amp": "off"},
+        AT_SCALE,
+    ],
+    ids=["plain", "micro", "weighted", "at-scale"],
 )
 def test_the_bits_of_launches_one_by_one(tmp_path, caplog, one_by_one, changes):
     """Eight steps, the rate halved after four; and cut in two, the one half captured and the other not."""
@@ -98,6 +104,33 @@ def test_the_bits_of_launches_one_by_one(tmp_path, caplog, one_by_one, changes):
     assert [line["lr"] for line in steps] == [3e-3] * 4 + [1.5e-3] * 4
     assert len({line["loss"] for line in steps}) == 8
     assert [line for line in log_of(tmp_path / "b") if "loss" in line] == steps
+
+
+@pytest.mark.parametrize(
+    "ema", [{"ema_sigma_rel": 0.1}, {"ema_halflife": 16}], ids=["power", "exp"]
+)
+def test_the_average_and_the_bound_are_those_of_a_cpu(tmp_path, ema):
+    """Each average follows the weights that its own device makes; the gradient is bounded there."""
+    kind = "power" if "ema_sigma_rel" in ema else "exponential"
+    settings = config(tmp_path, clip=100.0, warmup=3, amp="off", ema=kind, **ema)
+    trainer = Trainer(settings, images())
+    expected = [p.detach().cpu().double() for p in trainer.model.parameters()]
+    norms = []
+
+    def look(line: dict) -> None:
+        if "loss" in line:
+            w = average.weight(settings, line["step"])
+            for mean, p in zip(expected, trainer.model.parameters(), strict=True):
+                mean.lerp_(p.detach().cpu().double(), w)
+            grads = [p.grad.cpu() for p in trainer.model.parameters()]
+            norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    model = trainer.run(look, progress=False)
+    assert len(norms) == 8 and model is trainer.state.product
+    for mean, p in zip(expected, model.parameters(), strict=True):
+        # float32 rounds once a step, of numbers below 2
+        torch.testing.assert_close(p.detach().cpu().double(), mean, rtol=0, atol=8 * 2**-23)
+    assert max(norms) == pytest.approx(100, rel=1e-5)  # what Adam leaves is what it took
 
 
 @pytest.mark.parametrize("source", ["pack", "memory"])
@@ -122,11 +155,15 @@ def test_images_and_noise_are_those_of_the_cpu(tmp_path, packed, source):
 
 
 @gpu_case.counted
-@pytest.mark.parametrize("batch", [1, 8, 64])
-def test_what_a_step_asks_of_the_device(tmp_path, packed, batch):
+@pytest.mark.parametrize(
+    ("batch", "changes"),
+    [(1, {}), (8, {}), (64, {}), (7, AT_SCALE)],
+    ids=["1", "8", "64", "at-scale"],
+)
+def test_what_a_step_asks_of_the_device(tmp_path, packed, batch, changes):
     """One graph and at most four launches or copies of its own, no wait, nothing pageable."""
     x = packed if batch < 40 else images(80)
-    trainer = Trainer(config(tmp_path / "run", batch=batch), x)
+    trainer = Trainer(config(tmp_path / "run", batch=batch, **changes), x)
     step = trainer._step()
     for k in range(6):
         upload = step.draw(k)
@@ -154,10 +191,11 @@ class Poisoned(data.images.MemoryImages):
         return x
 
 
-def test_nan_is_reported_where_it_arose(tmp_path):
+@pytest.mark.parametrize("changes", [{}, AT_SCALE], ids=["plain", "at-scale"])
+def test_nan_is_reported_where_it_arose(tmp_path, changes):
     """Though the step after it, whose images are good, has been launched by then."""
     poisoned = Poisoned(images())
-    trainer = Trainer(config(tmp_path / "a", batch=4), poisoned)
+    trainer = Trainer(config(tmp_path / "a", batch=4, **changes), poisoned)
     poisoned.bad = int(trainer._share(4).indices[2])  # in the fifth step
     message = rf"step 5: the loss is NaN or Inf \(image {poisoned.bad} at σ = 0\.\d+\); .* step 4,"
     with pytest.raises(FloatingPointError, match=message):
@@ -165,13 +203,15 @@ def test_nan_is_reported_where_it_arose(tmp_path):
     assert trainer.state.step == 4
     assert [line["step"] for line in log_of(tmp_path / "a")] == [1, 2, 3, 4]
     assert all(int(s["step"]) == 4 for s in trainer.optimizer.state.values())
-    good = train(tmp_path / "b", batch=4, max_steps=4)
-    for p, q in zip(trainer.model.parameters(), good.parameters(), strict=True):
+    good = train(tmp_path / "b", batch=4, max_steps=4, **changes)
+    for p, q in zip(trainer.state.product.parameters(), good.parameters(), strict=True):
         assert torch.equal(p, q)
     assert sorted((tmp_path / "a" / "checkpoints").iterdir())[-1].name == "step-0000003.pt"
-    train(tmp_path / "b", batch=4)  # the folder is whole: with a good image it goes on from there
+    train(
+        tmp_path / "b", batch=4, **changes
+    )  # the folder is whole: with a good image it goes on from there
     poisoned.bad = -1
-    train(tmp_path / "a", batch=4)
+    train(tmp_path / "a", batch=4, **changes)
     assert bits(tmp_path / "a") == bits(tmp_path / "b")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from train_case import NETWORK, ROOT, at_scale, bits, config, images, log_of, train
 
 from fastphi import checkpoint, noise, reference
 from fastphi.config import UNetConfig
@@ -30,35 +31,6 @@ from fastphi.support.world import World
 from fastphi.train import TrainConfig, Trainer, psnr
 from fastphi.train.step import Step
 from fastphi.unet import UNet
-
-NETWORK = UNetConfig(channels=(4, 6), dec_layers=2, mid_layers=2)
-ROOT = Path(__file__).parents[2]
-
-
-def images(n: int = 40) -> torch.Tensor:
-    """Blocks of uniform colour: easy to denoise."""
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(n, 3, 2, 2, generator=g).repeat_interleave(4, 2).repeat_interleave(4, 3)
-
-
-def config(out: Path, **changes) -> TrainConfig:
-    settings = {"batch": 8, "epochs": 4, "holdout": 4, "checkpoint_every": 3, "evaluate_every": 5}
-    settings |= {"model": NETWORK, "amp": "off", "lr": 3e-3, "device": "cpu"}
-    return TrainConfig(out=out, **(settings | changes))
-
-
-def train(out: Path, x: torch.Tensor | None = None, callback=None, **changes) -> UNet:
-    x = images() if x is None else x
-    return Trainer(config(out, **changes), x).run(callback, progress=False)
-
-
-def log_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def bits(out: Path) -> bytes:
-    return (out / "model.safetensors").read_bytes()
-
 
 # --- the algorithm ---
 
@@ -437,7 +409,7 @@ KILLED = """
 
         os.replace, os.fsync = deadly(os.replace), deadly(os.fsync)
         Path.unlink, torch.optim.Adam.step = deadly(Path.unlink), deadly(torch.optim.Adam.step)
-        test_trainer.train(Path(out))
+        test_trainer.train(Path(out), **{options})
         os._exit(0)
 
     assert life(sys.argv[1], 0) == 0
@@ -447,8 +419,10 @@ KILLED = """
 """
 
 
-def test_killed_again_and_again_gives_the_same_bits(tmp_path):
-    code = textwrap.dedent(KILLED).format(root=str(ROOT), tests=str(Path(__file__).parent))
+@pytest.mark.parametrize("options", [{}, at_scale()], ids=["paper", "at-scale"])
+def test_killed_again_and_again_gives_the_same_bits(tmp_path, options):
+    tests = str(Path(__file__).parent)
+    code = textwrap.dedent(KILLED).format(root=str(ROOT), tests=tests, options=options)
     command = [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
