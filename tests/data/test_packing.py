@@ -450,7 +450,7 @@ def test_finished_pack_is_returned_at_once(folder, tmp_path, monkeypatch):
 
 
 def test_resume_with_other_settings_or_source(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastphi.data.packing._assemble", interrupt)
+    monkeypatch.setattr("fastphi.data.assembly.assemble", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quiet_pack(folder, tmp_path / "out")
     monkeypatch.undo()
@@ -469,7 +469,7 @@ def interrupt(*_):
 
 
 def test_damaged_shard_is_named_and_made_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastphi.data.packing._assemble", interrupt)
+    monkeypatch.setattr("fastphi.data.assembly.assemble", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quiet_pack(folder, tmp_path / "out")
     monkeypatch.undo()
@@ -527,7 +527,7 @@ def test_wrong_sources_and_options(folder, tmp_path):
     with pytest.raises(ValueError, match="not a whole .npz"):
         quiet_pack(tmp_path / "a.npz", tmp_path / "out")
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(ValueError, match="expected a folder, an .npy or an .npz"):
+    with pytest.raises(ValueError, match="expected a folder, an .npy"):
         quiet_pack(tmp_path / "a.txt", tmp_path / "out")
     np.savez(tmp_path / "b.npz", x=np.zeros((2, SIZE, SIZE), np.uint8), labels=np.array([0.5, 1]))
     with pytest.raises(ValueError, match="labels is float64"):

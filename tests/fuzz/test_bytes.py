@@ -25,6 +25,7 @@ from fastphi import checkpoint, data
 from fastphi.analysis.common import Result
 from fastphi.checkpoint import authors
 from fastphi.config import UNetConfig
+from fastphi.data import pixels as decoding
 from fastphi.data import shards
 from fastphi.study import record
 from fastphi.support import reading
@@ -71,7 +72,7 @@ def formats(tmp_path_factory) -> dict[str, Format]:
     config = TrainConfig(out=here / "run", model=CONFIG, batch=8, max_steps=2, holdout=4)
     Trainer(config, packed).run(progress=False)
     parts = here / "parts"
-    options = shards.Options(8, True, False)
+    options = decoding.Options(8, True, False)
     shards.make_shard(parts / "000000000.npz", list(pixels[:9]), options)
     inner = Numbers(np.arange(3), {}, (float("nan"), "x"), None)
     record.save(Numbers(np.eye(2), {"a": np.ones(2)}, (1.5, "b"), inner), here / "result.npz")
@@ -180,8 +181,8 @@ def log_of(file: Path) -> Any:
 
 def picture_of(file: Path) -> Any:
     try:
-        with shards._strict_decoding():
-            return shards.convert(str(file), 4, True, True)
+        with decoding.strict_decoding():
+            return decoding.convert(str(file), 4, True, True)
     except shards.Skipped as reason:
         assert "\n" not in str(reason)
 
