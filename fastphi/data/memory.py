@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from fastphi.data import datasets
 from fastphi.data.images import ByteImages, Images, PackedImages, npy_header
 from fastphi.data.source import log, numbered
-from fastphi.support import validate
+from fastphi.support import reading, validate
 
 
 class MemoryImages(Images):
@@ -115,8 +115,11 @@ class DatasetImages(Images):
         try:
             image, label = datasets.parts(self._dataset[i])
             return datasets.pixels(image), label
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"images: item {i} of the data set: {error}") from None
+        except Exception as error:  # of the data set's own code, or of broken bytes
+            if reading.of_the_system(error):
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"images: item {i} of {self._name}: {error}") from error
 
     def _item(self, i: int) -> tuple[np.ndarray, int | str | None]:
         """The same, of the shape and dtype that all have."""
@@ -126,7 +129,7 @@ class DatasetImages(Images):
         shape = (*self.shape[1:], self.shape[0])
         if image.shape != shape or image.dtype != self._dtype:
             raise ValueError(
-                f"images: item {i} of the data set is {image.dtype} {image.shape}, the first "
+                f"images: item {i} of {self._name} is {image.dtype} {image.shape}, the first "
                 f"{self._dtype} {shape} (H, W, C), and a network takes one size: make a pack of them "
                 "first (fastphi.pack)"
             )
@@ -135,7 +138,7 @@ class DatasetImages(Images):
     @functools.cached_property
     def _known(self) -> tuple[str, tuple[float, ...], np.ndarray | None, list[str] | None]:
         n, (channels, height, width) = len(self), self.shape
-        log.info("images: %d images of %s are read once for their SHA-256", n, self._dataset_name)
+        log.info("images: %d images of %s are read once for their SHA-256", n, self._name)
         levels = self._dtype == np.uint8
         whole = (n, *self.shape)
         head = npy_header((n, height, width, channels)) if levels else repr(whole).encode()
@@ -151,7 +154,7 @@ class DatasetImages(Images):
         return digest.hexdigest(), tuple(mean.tolist()), *numbered(labels, names)
 
     @property
-    def _dataset_name(self) -> str:
+    def _name(self) -> str:
         return f"a {type(self._dataset).__name__}"
 
     @property

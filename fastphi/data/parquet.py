@@ -47,7 +47,7 @@ def parquet(paths: Sequence[Path], split: str, key: str | None) -> Source:
     their names tell, as train-00000-of-00005.parquet."""
     _check_installed(paths[0])
     paths = _of_split(paths, split)
-    leaf, features = _columns(paths[0], key)
+    leaf, its_label, class_names = _columns(paths[0], key)
     names: list[str] = []
     labels: list[int | str | None] = []
     groups: list[tuple[int, int]] = []  # which file, and its row group
@@ -55,13 +55,13 @@ def parquet(paths: Sequence[Path], split: str, key: str | None) -> Source:
     for number, path in enumerate(paths):
         with reading.whole(path, f"a .parquet with {leaf}, as {paths[0].name} is", "source"):
             with _opened(path) as file:
-                _read_rows(file, path, leaf, names, labels)
+                _read_rows(file, path, leaf, its_label, names, labels)
                 counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         groups += [(number, g) for g in range(len(counts))]
         starts += itertools.accumulate(counts, initial=starts.pop())
     if not names:
         raise ValueError(f"source: {paths[0]} has no rows")
-    classes = numbered(labels, features)
+    classes = numbered(labels, class_names)
     found = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in paths]
     fingerprint = hashlib.sha256(repr((found, leaf)).encode()).hexdigest()
 
@@ -104,14 +104,15 @@ def _of_split(paths: Sequence[Path], split: str) -> Sequence[Path]:
     return chosen
 
 
-def _columns(path: Path, key: str | None) -> tuple[str, list[str] | None]:
-    """The leaf column of the images' bytes, and the names of the classes where the file has them."""
+def _columns(path: Path, key: str | None) -> tuple[str, str | None, list[str] | None]:
+    """The leaf column of the images' bytes, and where there are, that of labels and the classes' names."""
     with reading.whole(path, "a whole .parquet", "source"):
         with _opened(path) as file:
             schema = file.schema_arrow
         said = reading.json_object((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = said.get("info", {}).get("features", {})
-        names = next((n for f in _LABELS if (n := features.get(f, {}).get("names"))), None)
+        its_label = next((name for name in _LABELS if name in schema.names), None)
+        class_names = features.get(its_label, {}).get("names")
     leaves = {f.name: leaf for f in schema if (leaf := _leaf(f)) is not None}
     usual = [name for name in ("image", "img") if name in leaves] or [*leaves]
     wanted = usual[0] if key is None and len(usual) == 1 else key
@@ -122,7 +123,10 @@ def _columns(path: Path, key: str | None) -> tuple[str, list[str] | None]:
             f"(binary, or a struct with bytes) in {path}, got {came}; its columns: "
             + ", ".join(f"{f.name} {f.type}" for f in schema)
         )
-    return leaves[wanted], names
+    if its_label is not None and not _of_classes(schema.field(its_label).type):
+        log.warning("source: %s: column %s is no class: left out", path, schema.field(its_label))
+        its_label, class_names = None, None
+    return leaves[wanted], its_label, class_names
 
 
 def _leaf(field: Any) -> str | None:
@@ -141,8 +145,19 @@ def _leaf(field: Any) -> str | None:
     return None
 
 
+def _of_classes(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+
+
 def _read_rows(
-    file: Any, path: Path, leaf: str, names: list[str], labels: list[int | str | None]
+    file: Any,
+    path: Path,
+    leaf: str,
+    its_label: str | None,
+    names: list[str],
+    labels: list[int | str | None],
 ) -> None:
     """Append the names and the labels of a file's rows."""
     schema, image = file.schema_arrow, leaf.removesuffix(".bytes")
@@ -153,6 +168,7 @@ def _read_rows(
         column = file.read(columns=[f"{image}.path"]).column(0)
         paths = [value["path"] for value in column.to_pylist()]
     names += [p or f"{path.stem}/{i}" for i, p in enumerate(paths)]
-    found = next((f for f in _LABELS if f in schema.names), None)
-    values = file.read(columns=[found]).column(0).to_pylist() if found else [None] * n
+    values = [None] * n
+    if its_label is not None:
+        values = file.read(columns=[its_label]).column(its_label).to_pylist()
     labels += map(label, values)

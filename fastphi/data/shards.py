@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from fastphi.data import datasets
 from fastphi.data.depth import OutOfRange
 from fastphi.data.pixels import Options, Skipped, convert, skipping, strict_decoding
 from fastphi.data.source import Payload, Source
-from fastphi.support import files, reading
+from fastphi.support import files, processes, reading
 
 SHARD = 1024  # source images per shard: about a second of decoding, which is what a kill can cost
 
@@ -70,7 +71,8 @@ def _pool(workers: int, dataset: Any) -> Iterator[ProcessPoolExecutor]:
     # imports the package once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (dataset,))
+    sent = processes.pickled(dataset)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (sent,))
     try:
         yield pool
     finally:
@@ -84,9 +86,9 @@ def _make_shard(path: Path, payloads: Sequence[Payload], options: Options) -> in
     return make_shard(path, payloads, options, _dataset)
 
 
-def _start_worker(dataset: Any) -> None:
+def _start_worker(dataset: bytes) -> None:
     global _dataset
-    _dataset = dataset
+    _dataset = pickle.loads(dataset)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -115,23 +117,14 @@ def make_shard(
     with strict_decoding():
         for i, payload in enumerate(payloads):
             try:
-                label = None
-                if isinstance(payload, int):
-                    with skipping():
-                        image, label = datasets.fetched(dataset[0], payload, dataset[1])
-                else:
-                    image = payload
-                pixels.append(convert(image, *options))
-                kept.append(i)
-                labels.append(label)
+                found, label = _decoded(payload, options, dataset)
             except Skipped as reason:
                 skipped.append(i)
                 reasons.append(str(reason))
-            except OutOfRange as error:
-                place = (
-                    payload if isinstance(payload, str) else getattr(payload, "path", f"image {i}")
-                )
-                raise OutOfRange(f"bits: {error} (in {place})") from None
+            else:
+                pixels.append(found)
+                kept.append(i)
+                labels.append(label)
     shape = (len(pixels), options.size, options.size, 3 if options.color else 1)
     digests = [hashlib.blake2b(p.tobytes(), digest_size=16).digest() for p in pixels]
     with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
@@ -145,6 +138,21 @@ def make_shard(
             labels=np.frombuffer(json.dumps(labels).encode(), np.uint8),
         )
     return len(payloads)
+
+
+def _decoded(
+    payload: Payload, options: Options, dataset: Any
+) -> tuple[np.ndarray, int | str | None]:
+    if isinstance(payload, int):
+        with skipping():
+            image, label = datasets.fetched(dataset[0], payload, dataset[1])
+    else:
+        image, label = payload, None
+    try:
+        return convert(image, *options), label
+    except OutOfRange as error:
+        place = payload if isinstance(payload, str | int) else getattr(payload, "path", "an array")
+        raise OutOfRange(f"bits: {error} (in {place})") from None
 
 
 def read(parts: Path, start: int, *names: str) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 log = logging.getLogger("fastphi")
 
@@ -62,8 +62,14 @@ class Source:
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Of the files that this Pillow can open."""
-    return frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    """Of the files that this Pillow can decode."""
+    names = Image.registered_extensions()
+    can = {kind for kind, (factory, _) in Image.OPEN.items() if not _stub(factory)} - {"MPEG"}
+    return frozenset(suffix for suffix, kind in names.items() if kind in can)
+
+
+def _stub(factory: Any) -> bool:  # known by its first bytes, not to be decoded
+    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
 
 
 def beside(name: str) -> str | None:
@@ -101,7 +107,7 @@ def label(value: Any) -> int | str | None:
         number = None if isinstance(value, bool) else operator.index(value)
     except (TypeError, ValueError, RuntimeError):  # a tensor of many numbers has errors of its own
         return None
-    return number if number is not None and number >= 0 else None
+    return number if number is not None and 0 <= number < 2**63 else None
 
 
 def numbered(
@@ -115,7 +121,7 @@ def numbered(
     known = set(labels) - {None}
     if not known:
         return None, class_names
-    if all(isinstance(v, int) or str(v).isdecimal() for v in known):
+    if all(isinstance(v, int) or (v.isdecimal() and len(v) < 19) for v in known if v is not None):
         found = np.array([-1 if v is None else int(v) for v in labels], np.int64)
         if class_names is not None and found.max() >= len(class_names):
             raise ValueError(

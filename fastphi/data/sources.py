@@ -11,7 +11,7 @@ from typing import Any
 
 from fastphi.data import arrays, datasets, folders
 from fastphi.data.parquet import parquet
-from fastphi.data.source import Source
+from fastphi.data.source import Source, suffixes
 from fastphi.data.tar import tar
 from fastphi.data.zips import zipped
 
@@ -73,7 +73,7 @@ def _braces(text: str) -> list[str]:
 
 def _folder(root: Path, split: str, key: str | None) -> Source:
     tried, others = folders.look(root)
-    if not tried:
+    if not any(os.path.splitext(name)[1].lower() in suffixes() for name, _, _ in tried):
         for suffix in (".tar", ".parquet"):
             shards = [root / name for name, _, _ in others if name.lower().endswith(suffix)]
             if shards:

@@ -44,6 +44,7 @@ class _Sample:
     key: str
     members: dict[str, tuple[str, int, int]] = dataclasses.field(default_factory=dict)
     label: int | str | None = None
+    broken: bool = False  # its .json
 
 
 def tar(paths: Sequence[Path], key: str | None) -> Source:
@@ -52,6 +53,7 @@ def tar(paths: Sequence[Path], key: str | None) -> Source:
     labels: list[int | str | None] = []
     spans: list[tuple[int, int, int]] = []  # which shard, offset, size
     lost: list[tuple[str, str]] = []
+    broken: list[str] = []
     for shard, path in enumerate(paths):
         for sample in _samples(path):
             if (extension := _image(sample, key, path)) is None:
@@ -60,6 +62,8 @@ def tar(paths: Sequence[Path], key: str | None) -> Source:
                 lost.append((sample.key, f"unreadable: no {wanted} among {there}"))
                 continue
             name, offset, size = sample.members[extension]
+            if sample.broken:
+                broken.append(name)
             names.append(name)
             labels.append(sample.label)
             spans.append((shard, offset, size))
@@ -69,6 +73,8 @@ def tar(paths: Sequence[Path], key: str | None) -> Source:
             f"source: no image in {where}; expected samples with an image each, got {len(lost)} without"
             + (f" (the first: {lost[0][0]}, {lost[0][1]})" if lost else "")
         )
+    if broken:
+        log.warning("source: %s and %d more have no valid .json", broken[0], len(broken) - 1)
     classes = numbered(labels)
     if classes[0] is None:
         classes = folder_classes(without_root(names))
@@ -99,6 +105,8 @@ def _samples(path: Path) -> Iterator[_Sample]:
             while (member := archive.next()) is not None:
                 # which would grow with the archive
                 archive.members.clear()  # type: ignore[attr-defined]
+                if archive.offset <= member.offset:  # or it would be read for ever
+                    raise ValueError(f"damaged at byte {member.offset}")
                 name = member.name.removeprefix("./")
                 folder, _, file = name.rpartition("/")
                 if not member.isreg() or member.issparse() or file.startswith("."):
@@ -111,8 +119,7 @@ def _samples(path: Path) -> Iterator[_Sample]:
                     sample = _Sample(key)
                 if extension in ("cls", "json") and member.size <= _SMALL:
                     f.seek(member.offset_data)
-                    found = _label(extension, f.read(member.size))
-                    sample.label = found if sample.label is None else sample.label
+                    _read_label(sample, extension, f.read(member.size))
                 sample.members[extension] = name, member.offset_data, member.size
             f.seek(archive.offset)
             if f.read(512) != bytes(512):
@@ -121,15 +128,18 @@ def _samples(path: Path) -> Iterator[_Sample]:
         yield sample
 
 
-def _label(extension: str, content: bytes) -> int | str | None:
+def _read_label(sample: _Sample, extension: str, content: bytes) -> None:
     if extension == "cls":
-        return label(content)
+        sample.label = label(content)
+        return
     try:
         fields = reading.json_object(content)
     except ValueError:
-        log.warning("source: a .json of a sample is not that of an object; its label is unknown")
-        return None
-    return next((found for f in _FIELDS if (found := label(fields.get(f))) is not None), None)
+        sample.broken = True
+        return
+    if sample.label is None:  # .cls comes first
+        found = (label(fields.get(name)) for name in _FIELDS)
+        sample.label = next((value for value in found if value is not None), None)
 
 
 def _image(sample: _Sample, key: str | None, path: Path) -> str | None:
