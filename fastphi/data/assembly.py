@@ -19,18 +19,13 @@ REASONS = ("unreadable", "truncated", "too small", "duplicate")
 
 
 def assemble(source: Source, out: Path, options: Options, settings: dict[str, Any]) -> None:
+    """Write the files of a pack whose shards are all there; ValueError where no image is left."""
     starts = range(0, len(source), shards.SHARD)
     chosen, items, skipped = _choose(source, out / ".parts", starts)
     if not items:
         raise ValueError(f"source: no usable image in {source.where}; the first: {skipped[0][1]}")
     shape = (len(items), options.size, options.size, 3 if options.color else 1)
-    sums = np.zeros(shape[3], np.int64)
-    with files.atomic_write(out / "images.npy") as temporary, open(temporary, "wb") as f:
-        f.write(npy_header(shape))
-        for start, rows in zip(starts, chosen, strict=True):
-            pixels = shards.read(out / ".parts", start, "pixels")[0][rows]
-            sums += pixels.sum(axis=(0, 1, 2), dtype=np.int64)
-            f.write(pixels.tobytes())
+    sums = _write_pixels(out, shape, starts, chosen)
     labels, class_names = source.labels, source.class_names
     if source.dataset is not None:
         labels, class_names = numbered(_labels(source, out / ".parts", starts), class_names)
@@ -57,9 +52,22 @@ def assemble(source: Source, out: Path, options: Options, settings: dict[str, An
         "decoder": f"Pillow {PIL.__version__}",
         "files": {n: (out / n).stat().st_size for n in OUTPUTS if (out / n).is_file()},
     }
-    files.write_json(
-        out / "manifest.json", manifest
-    )  # the commit: from here on the pack is finished
+    # the commit: from here on the pack is finished
+    files.write_json(out / "manifest.json", manifest)
+
+
+def _write_pixels(
+    out: Path, shape: tuple[int, int, int, int], starts: range, chosen: list[np.ndarray]
+) -> np.ndarray:
+    """images.npy, of each shard the chosen rows; returns the sum over pixels, (C,) int64."""
+    sums = np.zeros(shape[3], np.int64)
+    with files.atomic_write(out / "images.npy") as temporary, open(temporary, "wb") as f:
+        f.write(npy_header(shape))
+        for start, rows in zip(starts, chosen, strict=True):
+            pixels = shards.read(out / ".parts", start, "pixels")[0][rows]
+            sums += pixels.sum(axis=(0, 1, 2), dtype=np.int64)
+            f.write(pixels.tobytes())
+    return sums
 
 
 def _choose(

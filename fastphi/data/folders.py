@@ -27,11 +27,11 @@ def look(root: Path) -> tuple[list[Found], list[Found]]:
 
 def folder(root: Path, tried: list[Found], others: list[Found]) -> Source:
     """The images that `look` has found."""
-    if not tried:
-        raise ValueError(f"source: no image in {root} (nor shards: .tar, .parquet)")
     tell(Counter(str(beside(name)) for name, _, _ in others), str(root))
     lost = [(name, "unreadable: not a regular file") for name, size, _ in tried if size < 0]
     tried = [found for found in tried if found[1] >= 0]
+    if not tried:
+        raise ValueError(f"source: no image in {root} (nor shards: .tar, .parquet)")
     names = [name for name, _, _ in tried]
     digest = hashlib.sha256()
     for entry in tried:

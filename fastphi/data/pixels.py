@@ -89,7 +89,7 @@ def _reason(error: Exception) -> str:
         return "unreadable: not an image"  # Pillow's text has a path or an address in it
     if isinstance(error, PermissionError):
         return "unreadable: permission denied"
-    text = str(error) or type(error).__name__
+    text = " ".join(str(error).split())[:300] or type(error).__name__
     cut = isinstance(error, EOFError) or "truncated" in text.lower()
     return f"{'truncated' if cut else 'unreadable'}: {text}"
 

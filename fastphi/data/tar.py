@@ -75,7 +75,7 @@ def tar(paths: Sequence[Path], key: str | None) -> Source:
             + (f" (the first: {lost[0][0]}, {lost[0][1]})" if lost else "")
         )
     if broken:
-        log.warning("source: %s and %d more have no valid .json", broken[0], len(broken) - 1)
+        log.warning("source: %d samples have no valid .json, the first %s", len(broken), broken[0])
     classes = numbered(labels)
     if classes[0] is None:
         classes = folder_classes(without_root(names))

@@ -542,3 +542,10 @@ def test_pack_is_the_same_from_every_source(tmp_path):
     ]
     found = {quiet_pack(s, tmp_path / f"out{k}").sha256 for k, s in enumerate(sources)}
     assert len(found) == 1 and fastphi.PackedImages(tmp_path / "out0").labels is None
+
+
+def test_a_folder_of_pipes_has_no_image(tmp_path):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in" / "a.png")
+    with pytest.raises(ValueError, match="source: no image in"):
+        quiet_pack(tmp_path / "in", tmp_path / "out")
