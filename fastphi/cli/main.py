@@ -40,18 +40,21 @@ def pack(
     key: str | None = None,
     workers: int = 0,
     allow_upscale: bool = False,
+    bits: int | None = None,
 ) -> None:
     """Pack images into a uint8 memory map that training and extraction read.
 
     Args:
-        source: a folder tree (a class per folder, or flat), or an .npy or .npz file.
+        source: a folder of images (a class per folder, or flat), of .tar or of .parquet files; a .zip,
+            .npy or .npz; a .tar or .parquet, or a quoted pattern of them: "shards-{000..003}.tar".
         out: the folder to write. An interrupted pack goes on where it stopped.
         size: side in pixels, after a centre crop and area resampling.
         color: three channels; --no-color packs one, grey.
-        split: which split of an .npz of encoded images.
-        key: which array of an .npz.
+        split: which split of an .npz of encoded images, or of a folder of .parquet files.
+        key: where images are: the array of an .npz, column of a .parquet, extension in a .tar.
         workers: decoding processes; 0 decodes in this one.
         allow_upscale: enlarge images smaller than `size` instead of skipping them.
+        bits: bits in use in 16-bit grey PNG and TIFF, 9 to 16; default: as each file says.
     """
     from fastphi.data import pack as run
 
@@ -64,6 +67,7 @@ def pack(
         key=key,
         workers=workers,
         allow_upscale=allow_upscale,
+        bits=bits,
     )
     print(f"{out}: {len(packed)} images of {packed.size} x {packed.size} x {packed.channels}")
 

@@ -1,4 +1,4 @@
-"""Images: a packed uint8 array that is read at random, or a tensor in memory, behind one interface.
+"""Images by index behind one interface, and the packed uint8 array that is read at random.
 
 A pack is a folder, made by `fastphi.data.pack`: `images.npy` (uint8, (N, H, W, C), readable by
 `np.load(..., mmap_mode="r")`), `labels.npy` (int64, -1 where unknown; absent where there are none),
@@ -12,8 +12,7 @@ to 373,000 images/s; `batch`, which makes 50 MB of new float32 of them, 41,000 t
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,31 @@ class Images:
         return np.sort(order[holdout:]), np.sort(order[:holdout])
 
 
-class PackedImages(Images):
+class ByteImages(Images):
+    """Images of 8 bits. images: uint8 (N, H, W, C), an array or a memory map."""
+
+    images: np.ndarray
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def _stored(self, indices: np.ndarray) -> Tensor:
+        order = np.argsort(indices, kind="stable")  # ascending reads: each page is touched once
+        pixels = np.empty((len(indices), *self.images.shape[1:]), np.uint8)
+        images = np.asarray(self.images)  # a view: indexing a memmap itself is slow
+        for i in order:
+            pixels[i] = images[indices[i]]
+        return torch.from_numpy(pixels)
+
+    def _read(self, indices: np.ndarray) -> Tensor:
+        pixels = self._stored(indices).numpy()
+        x = np.empty((len(indices), *self.shape), np.float32)
+        # NumPy, as this runs in a thread of its own, where torch would start a second set of them.
+        np.divide(pixels.transpose(0, 3, 1, 2), np.float32(255), out=x, dtype=np.float32)
+        return torch.from_numpy(x)
+
+
+class PackedImages(ByteImages):
     """A pack on disk, read by memory map: opening it costs nothing and needs no memory.
 
     path: the folder `pack` made. images: the memory map, uint8 (N, H, W, C). manifest: a dict.
@@ -141,9 +164,6 @@ class PackedImages(Images):
             labels = self.path / "labels.npy"
             self.labels = reading.array(labels, "pack", mode="read", like=((n,), np.int64))
 
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
     def __repr__(self) -> str:
         return f"PackedImages({str(self.path)!r}: {len(self)} images, C, H, W = {self.shape})"
 
@@ -162,72 +182,13 @@ class PackedImages(Images):
                 f"pack {self.path}: images.npy has sha256 {found}, expected {self.sha256}"
             )
 
-    def _stored(self, indices: np.ndarray) -> Tensor:
-        order = np.argsort(indices, kind="stable")  # ascending reads: each page is touched once
-        pixels = np.empty((len(indices), *self.images.shape[1:]), np.uint8)
-        images = np.asarray(self.images)  # a view: indexing a memmap itself is slow
-        for i in order:
-            pixels[i] = images[indices[i]]
-        return torch.from_numpy(pixels)
 
-    def _read(self, indices: np.ndarray) -> Tensor:
-        pixels = self._stored(indices).numpy()
-        x = np.empty((len(indices), *self.shape), np.float32)
-        # NumPy, as this runs in a thread of its own, where torch would start a second set of them.
-        np.divide(pixels.transpose(0, 3, 1, 2), np.float32(255), out=x, dtype=np.float32)
-        return torch.from_numpy(x)
-
-
-class MemoryImages(Images):
-    """Images in memory: a float tensor or array (N, C, H, W) in [0, 1], kept as float32 on CPU."""
-
-    def __init__(self, x: Tensor | np.ndarray, labels: Any = None) -> None:
-        x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
-        x = validate.clean_images(x, name="images")
-        self._x = x.detach().to("cpu", torch.float32).contiguous()
-        self.shape = (self._x.shape[1], self._x.shape[2], self._x.shape[3])
-        self.mean = tuple(self._x.mean(dim=(0, 2, 3), dtype=torch.float64).tolist())
-        if labels is not None:
-            self.labels = np.asarray(labels, np.int64)
-            if self.labels.shape != (len(self),):
-                raise ValueError(
-                    f"labels: expected one per image ({len(self)}), got shape {self.labels.shape}"
-                )
-
-    def __len__(self) -> int:
-        return self._x.shape[0]
-
-    @property
-    def images(self) -> np.ndarray:
-        """A view as (N, H, W, C): float32 in [0, 1], where a pack's is uint8."""
-        return self._x.permute(0, 2, 3, 1).numpy()
-
-    @functools.cached_property
-    def sha256(self) -> str:  # type: ignore[override]
-        digest = hashlib.sha256(repr(tuple(self._x.shape)).encode())
-        digest.update(self._x.numpy().data)
-        return digest.hexdigest()
-
-    def _read(self, indices: np.ndarray) -> Tensor:
-        return self._x[torch.from_numpy(indices)]
-
-
-def open_images(source: Any) -> Images:
-    """Images from any of: an `Images`, the path of a pack, a float tensor or array (N, C, H, W).
-
-    Raises TypeError for anything else, ValueError for a path that is no pack or values
-    outside [0, 1].
-    """
-    if isinstance(source, Images):
-        return source
-    if isinstance(source, (str, os.PathLike)):
-        return PackedImages(source)
-    if isinstance(source, (Tensor, np.ndarray)):
-        return MemoryImages(source)
-    raise TypeError(
-        "images: expected the path of a pack, PackedImages or a float tensor (N, C, H, W), got "
-        f"{type(source).__name__}"
-    )
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """What an .npy of uint8 begins with."""
+    f = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(f, header)
+    return f.getvalue()
 
 
 def _indices(indices: Any, n: int) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
@@ -18,21 +17,19 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL
 from PIL import features
 
-from fastphi.data import shards, sources
-from fastphi.data.images import FORMAT, OUTPUTS, VERSION, PackedImages
+from fastphi.data import assembly, shards, sources
+from fastphi.data.images import PackedImages
+from fastphi.data.pixels import Options
 from fastphi.support import files, reading, validate
-
-REASONS = ("unreadable", "truncated", "too small", "duplicate")
 
 logger = logging.getLogger("fastphi")
 
 
 def pack(
-    source: str | os.PathLike[str],
+    source: Any,
     out: str | os.PathLike[str],
     *,
     size: int = 64,
@@ -41,37 +38,58 @@ def pack(
     key: str | None = None,
     workers: int = 0,
     allow_upscale: bool = False,
+    bits: int | None = None,
     progress: bool = True,
 ) -> PackedImages:
     """Turn images into a pack: centre crop to a square, area resampling to size x size, uint8.
 
-    source: a folder (each first-level sub-folder is a class, whatever lies deeper belongs to it; no
-        sub-folders: no labels; hidden files and other file types are passed over), an .npy or .npz
-        of images (uint8, or float in [0, 1]; (N, H, W) or (N, H, W, C), C = 1, 3 or 4; in an .npz
-        optionally `labels` and `class_names`), or an .npz of encoded images (`{split}_jpeg` or
-        `{split}_webp`: one uint8 buffer; `{split}_off`: N + 1 offsets; optionally `{split}_label`,
-        `{split}_file` and `class_names`).
+    source: any of
+        - a folder of image files: each first-level sub-folder is a class, whatever lies deeper belongs
+          to it; no sub-folders: no labels. Every file is tried, whatever its name, but hidden ones and
+          what is kept beside images (text, tables, archives, …), which are counted in the log.
+        - WebDataset's .tar shards: one, a list, a folder of them, or a pattern, "s-{000..003}.tar" or
+          "s-*.tar". Samples are consecutive members that share a name up to its first dot; the
+          class is in .cls, or in "label", "cls" or "class" of .json, by number or name; where no
+          sample has one, folders in the .tar are classes.
+        - a .zip: of folders, as above, or with classes in dataset.json, as EDM2's tool writes it.
+        - .parquet, one, a list, a folder or a pattern, with encoded images (binary, or a struct with
+          bytes and path) and a column `label`, by number or name (needs pyarrow).
+        - an .npy or .npz of images (uint8, or float in [0, 1]; (N, H, W) or (N, H, W, C), C = 1, 3 or
+          4; in an .npz optionally `labels` and `class_names`), or an .npz of encoded images
+          (`{split}_jpeg` or `{split}_webp`: one uint8 buffer; `{split}_off`: N + 1 offsets; optionally
+          `{split}_label`, `{split}_file` and `class_names`).
+        - a data set in memory: torchvision's, Hugging Face's, a list, anything with __len__ and
+          __getitem__, or the DataLoader of one (its data set, in order); items as
+          `data.open_images` takes them, of any size.
     out: the folder to make. An unfinished pack there is resumed, a finished one with the same
         settings and source is returned at once, and anything else is an error.
     size: height and width in pixels. color: three channels, else one (grey, ITU-R 601-2 luma).
-    split: which images of an encoded .npz. key: which array of an .npz holds the images.
-    workers: processes that decode (0: this one). Scripts that ask for more need the usual
-        `if __name__ == "__main__":`. The result has the same bits for any number.
+    split: which images of an encoded .npz, or which .parquet of a folder (train-00000-of-00005.parquet).
+    key: where the images are: which array of an .npz, column of a .parquet, field of a data set's
+        items, extension of a .tar's members.
+    workers: processes that read and decode (0: this one). Scripts that ask for more need the usual
+        `if __name__ == "__main__":`, and a data set is sent to each. The same bits for any number.
     allow_upscale: enlarge (bicubic) images smaller than `size`, which are skipped otherwise.
+    bits: 9 to 16: how many are in use in PNG and TIFF files of 16-bit grey; an image with a value
+        beyond is an error. Default: what each file says (sBIT, BitsPerSample, MaxSampleValue), else 16.
     progress: show a bar.
 
     EXIF orientation is applied, alpha is composed over white, 16-bit grey is rounded to 8, colour
     profiles are ignored, and of animations the first frame is taken. Unreadable, truncated and too
-    small images, and those whose packed pixels equal an earlier image's, are skipped and listed.
-    Images are in the order of their sorted paths, or of the array. Takes twice the pack's size on
-    disk while it works. May be killed at any moment and run again: finished shards are kept.
+    small images, samples without an image, and images whose packed pixels equal an earlier one's are
+    skipped and listed. Images are in the order of their sorted paths, of the archive, or of the array.
+    Takes twice the pack's size on disk while it works. May be killed at any moment and run again:
+    finished shards are kept (archives are looked through again for where their images lie).
 
     Raises ValueError (FileNotFoundError where the source is missing) before any work for a source
     or option that cannot be, or an `out` held by another process, begun with other settings or
     holding other files; OSError where the disk is full.
     """
-    options = shards.Options(
-        validate.integer(size, "size", low=1, high=4096), bool(color), bool(allow_upscale)
+    options = Options(
+        validate.integer(size, "size", low=1, high=4096),
+        bool(color),
+        bool(allow_upscale),
+        None if bits is None else validate.integer(bits, "bits", low=9, high=16),
     )
     workers = validate.integer(workers, "workers", low=0)
     opened = sources.open_source(source, split, key)
@@ -80,7 +98,7 @@ def pack(
         raise ValueError(f"out: {out} is a file; give a folder")
     settings = {
         **options._asdict(),
-        "split": split if opened.kind == "encoded" else None,
+        "split": split if opened.kind in ("encoded", "parquet") else None,
         "key": key,
         "kind": opened.kind,
         "items": len(opened),
@@ -93,7 +111,7 @@ def pack(
                 with _explained(out):
                     _begin(out, settings)
                     shards.make_all(opened, parts, options, workers, progress)
-                    _assemble(opened, out, options, settings)
+                    assembly.assemble(opened, out, options, settings)
             shutil.rmtree(parts, ignore_errors=True)
     return PackedImages(out)
 
@@ -166,79 +184,3 @@ def _explained(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         logger.warning("interrupted; finished shards are kept in %s: run it again to go on", out)
         raise
-
-
-def _assemble(
-    source: sources.Source, out: Path, options: shards.Options, settings: dict[str, Any]
-) -> None:
-    starts = range(0, len(source), shards.SHARD)
-    chosen, items, skipped = _choose(source, out / ".parts", starts)
-    if not items:
-        raise ValueError(f"source: no usable image in {source.path}; the first: {skipped[0][1]}")
-    shape = (len(items), options.size, options.size, 3 if options.color else 1)
-    sums = np.zeros(shape[3], np.int64)
-    with files.atomic_write(out / "images.npy") as temporary, open(temporary, "wb") as f:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(f, header)
-        for start, rows in zip(starts, chosen, strict=True):
-            pixels = shards.read(out / ".parts", start, "pixels")[0][rows]
-            sums += pixels.sum(axis=(0, 1, 2), dtype=np.int64)
-            f.write(pixels.tobytes())
-    labels = source.labels
-    if labels is not None:
-        with files.atomic_write(out / "labels.npy") as temporary, open(temporary, "wb") as f:
-            np.save(f, labels[items])
-    of = [None] * len(source) if labels is None else labels.tolist()
-    _write_lines(out / "items.jsonl", ({"name": source.names[i], "label": of[i]} for i in items))
-    reasons = ({"name": source.names[i], "reason": why} for i, why in skipped)
-    _write_lines(out / "skipped.jsonl", reasons)
-    counts = {r: sum(why.startswith(r) for _, why in skipped) for r in REASONS}
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "n": len(items),
-        "size": options.size,
-        "channels": shape[3],
-        "class_names": source.class_names,
-        "mean": (sums / (shape[0] * shape[1] * shape[2] * 255)).tolist(),
-        "sha256": files.sha256(out / "images.npy"),
-        "source": str(source.path),
-        "settings": settings,
-        "skipped": counts,
-        "decoder": f"Pillow {PIL.__version__}",
-        "files": {n: (out / n).stat().st_size for n in OUTPUTS if (out / n).is_file()},
-    }
-    files.write_json(
-        out / "manifest.json", manifest
-    )  # the commit: from here on the pack is finished
-
-
-def _choose(
-    source: sources.Source, parts: Path, starts: range
-) -> tuple[list[np.ndarray], list[int], list[tuple[int, str]]]:
-    """Rows of each shard to keep, their source indices, and (index, reason) of the others."""
-    first: dict[bytes, int] = {}
-    chosen: list[np.ndarray] = []
-    items: list[int] = []
-    skipped: list[tuple[int, str]] = []
-    for start in starts:
-        kept, digests, left, reasons = shards.read(
-            parts, start, "kept", "digests", "skipped", "reasons"
-        )
-        why = reading.json_value(reasons.tobytes())
-        skipped += zip((start + left).tolist(), why, strict=True)
-        rows = []
-        for row, (position, digest) in enumerate(zip(kept.tolist(), digests, strict=True)):
-            earlier = first.setdefault(digest.tobytes(), start + position)
-            if earlier == start + position:
-                rows.append(row)
-                items.append(earlier)
-            else:
-                skipped.append((start + position, f"duplicate of {source.names[earlier]}"))
-        chosen.append(np.array(rows, np.int64))
-    return chosen, items, sorted(skipped)
-
-
-def _write_lines(path: Path, lines: Any) -> None:
-    with files.atomic_write(path) as temporary, open(temporary, "w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in lines)

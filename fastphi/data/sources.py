@@ -1,233 +1,109 @@
-"""Where images come from: a folder, an .npy or an .npz, looked at without reading its pixels."""
+"""Where images to pack come from: a folder, files of many kinds, or a data set in memory."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
+import glob
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from fastphi.data import arrays, datasets, folders
+from fastphi.data.parquet import parquet
+from fastphi.data.source import Source, suffixes
+from fastphi.data.tar import tar
+from fastphi.data.zips import zipped
 
-from fastphi.support import reading
-
-SUFFIXES = frozenset(".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split())
-
-# What is needed to decode an image, in whatever process: its path, its encoded bytes or its pixels.
-Payload = str | bytes | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """N named images in a fixed order.
-
-    kind: "folder", "npy", "npz" or "encoded". labels: (N,) int64 with -1 where unknown, or None.
-    fingerprint: changes when the images do. payloads: (start, stop) -> what
-    `shards.convert` takes, one per image.
-    """
-
-    kind: str
-    path: Path
-    names: Sequence[str]
-    labels: np.ndarray | None
-    class_names: list[str] | None
-    fingerprint: str
-    payloads: Callable[[int, int], list[Payload]]
-
-    def __len__(self) -> int:
-        return len(self.names)
+_EXPECTED = "a folder, an .npy, .npz or .zip, or .tar or .parquet files"
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def open_source(path: str | os.PathLike[str], split: str, key: str | None) -> Source:
+def open_source(source: Any, split: str, key: str | None) -> Source:
     """Look at a source without reading its pixels; see `fastphi.data.pack` for its kinds."""
-    path = Path(path).absolute()
-    if path.is_dir():
-        if key is not None:
-            raise ValueError(f"key: {key!r} names an array of an .npz, but {path} is a folder")
-        return _folder(path)
-    if not path.exists():
-        raise FileNotFoundError(f"source: no file or folder {path}")
-    if path.suffix == ".npy":
-        return _npy(path)
-    if path.suffix == ".npz":
-        return _npz(path, split, key)
-    raise ValueError(f"source: expected a folder, an .npy or an .npz, got {path}")
+    if isinstance(source, (str, os.PathLike)):
+        paths = expanded(source)
+    elif _paths(source):
+        paths = [Path(path).absolute() for path in source]
+    else:
+        return datasets.source(source, key)
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"source: no file or folder {path}")
+    if len(paths) == 1 and paths[0].is_dir():
+        return _folder(paths[0], split, key)
+    return _files(paths, split, key)
 
 
-def _folder(root: Path) -> Source:
-    found = sorted(_walk(root))
-    if not found:
-        raise ValueError(f"source: no image in {root} (looked for {' '.join(sorted(SUFFIXES))})")
-    names = [name for name, _, _ in found]
-    classes = [name.split("/")[0] if "/" in name else None for name in names]
-    class_names = sorted({c for c in classes if c is not None})
-    number: dict[str | None, int] = {c: i for i, c in enumerate(class_names)}
-    labels = np.array([number.get(c, -1) for c in classes], np.int64) if class_names else None
-    digest = hashlib.sha256()
-    for entry in found:
-        digest.update(repr(entry).encode())
-
-    def payloads(start: int, stop: int) -> list[Payload]:
-        return [os.path.join(root, name) for name in names[start:stop]]
-
-    return Source("folder", root, names, labels, class_names or None, digest.hexdigest(), payloads)
-
-
-def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
-    """(path from root with "/", bytes, mtime in ns) of every image, links followed, loops not."""
-    seen = set()
-    for folder, children, names in os.walk(root, followlinks=True):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
-            children.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        # Of two links to one folder the walk follows the first: make that the same one everywhere.
-        children[:] = sorted(c for c in children if not c.startswith("."))
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                file = Path(folder, name)
-                with contextlib.suppress(FileNotFoundError):  # a dangling link is no image
-                    found = file.stat()
-                    if stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-                        yield file.relative_to(root).as_posix(), found.st_size, found.st_mtime_ns
-
-
-def _npy(path: Path) -> Source:
-    array = reading.array(path, "source")
-    found = path.stat()
-    return _array_source("npy", path, array, None, None, f"{found.st_size} {found.st_mtime_ns}")
-
-
-def _array_source(
-    kind: str,
-    path: Path,
-    array: np.ndarray,
-    labels: np.ndarray | None,
-    class_names: list[str] | None,
-    fingerprint: str,
-) -> Source:
-    if array.ndim == 4 and array.shape[3] not in (1, 3, 4) and array.shape[1] in (1, 3, 4):
-        raise ValueError(
-            f"source: {path} is {array.shape}, channels first; expected (N, H, W, C): transpose it"
-        )
-    if (
-        array.ndim not in (3, 4)
-        or 0 in array.shape
-        or array.shape[3:] not in ((), (1,), (3,), (4,))
-    ):
-        raise ValueError(
-            f"source: {path} has shape {array.shape}; expected (N, H, W) or (N, H, W, C), "
-            "C = 1, 3 or 4"
-        )
-    if array.dtype != np.uint8 and array.dtype.kind != "f":
-        raise ValueError(f"source: {path} is {array.dtype}; expected uint8, or float in [0, 1]")
-    n = len(array)
-    _as_bytes(array[:: max(1, n // 64)], 0, path)  # a wrong range is found now, not after an hour
-
-    def payloads(start: int, stop: int) -> list[Payload]:
-        return list(_as_bytes(array[start:stop], start, path))
-
-    return Source(
-        kind, path, [str(i) for i in range(n)], labels, class_names, fingerprint, payloads
+def _paths(source: Any) -> bool:
+    return isinstance(source, (list, tuple)) and any(
+        isinstance(path, (str, os.PathLike)) for path in source[:1]
     )
 
 
-def _as_bytes(array: np.ndarray, start: int, path: Path) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return np.asarray(array)
-    low, high = float(array.min()), float(array.max())
-    if not (low >= 0 and high <= 1):  # so that NaN is refused too
-        raise ValueError(
-            f"source: {path} has float values in [{low:g}, {high:g}] from image {start} on; "
-            "expected [0, 1]"
-        )
-    return np.rint(np.asarray(array, np.float64) * 255).astype(np.uint8)
+def expanded(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of a pattern, in order: {000..003}, {a,b} and, of what is there, * and ?. A path that is
+    there stands for itself."""
+    text = os.fspath(Path(path).absolute())
+    if os.path.exists(text):
+        return [Path(text)]
+    found = []
+    for name in _braces(text):
+        found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+    if not found:
+        raise FileNotFoundError(f"source: no file {text}")
+    return [Path(name) for name in found]
 
 
-def _npz(path: Path, split: str, key: str | None) -> Source:
-    archive = reading.Archive(path, "source")
-    encodings = [k for k in archive.names if k.endswith(("_jpeg", "_webp"))]
-    if key is None and not encodings:
-        key = _image_key(archive)
-    if key is None:
-        return _encoded(path, archive, split, encodings)
-    if key not in archive.names:
-        raise ValueError(
-            f"key: no array {key!r} in {path}; it has {', '.join(sorted(archive.names))}"
-        )
-    used = [k for k in (key, "labels", "class_names") if k in archive.names]
-    array = archive.array(key, mapped=True)
-    labels, class_names = _labels(archive, "labels", len(array) if array.ndim else 0)
-    return _array_source("npz", path, array, labels, class_names, archive.checksum(used))
-
-
-def _encoded(path: Path, archive: reading.Archive, split: str, encodings: list[str]) -> Source:
-    found = [k for k in encodings if k in (f"{split}_jpeg", f"{split}_webp")]
-    if len(found) != 1:
-        splits = ", ".join(sorted({k.rsplit("_", 1)[0] for k in encodings}))
-        raise ValueError(f"split: expected one of {splits} for {path}, got {split!r}")
-    file = f"{split}_file"
-    if f"{split}_off" not in archive.names:
-        raise ValueError(f"source: {path} has {found[0]} but no {split}_off")
-    offsets, buffer = archive.array(f"{split}_off"), archive.array(found[0], mapped=True)
-    whole = offsets.ndim == 1 and offsets.dtype.kind in "iu" and buffer.ndim == 1
-    n = len(offsets) - 1 if whole else 0
-    if n < 1 or (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > len(buffer):
-        raise ValueError(
-            f"source: {path}: {split}_off must hold N + 1 ascending offsets into the bytes of "
-            f"{found[0]}, {buffer.dtype} {buffer.shape}; it is {offsets.dtype} {offsets.shape}"
-        )
-    labels, class_names = _labels(archive, f"{split}_label", n)
-    names = [str(i) for i in range(n)]
-    if file in archive.names:
-        names = archive.texts(file)
-    if len(names) != n:
-        raise ValueError(f"source: {path}: {file} has {len(names)} names for {n} images")
-
-    def payloads(start: int, stop: int) -> list[Payload]:
-        return [buffer[offsets[i] : offsets[i + 1]].tobytes() for i in range(start, stop)]
-
-    used = [found[0], f"{split}_off", f"{split}_label", file, "class_names"]
-    fingerprint = archive.checksum([k for k in used if k in archive.names])
-    return Source("encoded", path, names, labels, class_names, fingerprint, payloads)
-
-
-def _image_key(archive: reading.Archive) -> str:
-    arrays = archive.headers()
-    found = [
-        key
-        for key, (shape, dtype) in arrays.items()
-        if len(shape) in (3, 4) and (dtype == np.uint8 or dtype.kind == "f")
+def _braces(text: str) -> list[str]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
+    if match is None:
+        return [text]
+    first, last, words = match.groups()
+    if words is None:
+        if not 0 <= int(last) - int(first) < 1_000_000:
+            raise ValueError(f"source: expected a pattern as {{000..003}}, got {match[0]}")
+        among = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    else:
+        among = words.split(",")
+    return [
+        text[: match.start()] + w + rest for w in among for rest in _braces(text[match.end() :])
     ]
-    if len(found) != 1:
-        listing = ", ".join(f"{key} {dtype}{shape}" for key, (shape, dtype) in arrays.items())
-        raise ValueError(
-            f"key: expected one array of images in {archive.path}, found {len(found)}; name one of: "
-            f"{listing}"
-        )
-    return found[0]
 
 
-def _labels(
-    archive: reading.Archive, key: str, n: int
-) -> tuple[np.ndarray | None, list[str] | None]:
-    names = archive.texts("class_names") if "class_names" in archive.names else None
-    if key not in archive.names:
-        return None, names
-    labels = archive.array(key)
-    if labels.shape != (n,) or labels.dtype.kind not in "iu":
+def _folder(root: Path, split: str, key: str | None) -> Source:
+    tried, others = folders.look(root)
+    if not any(os.path.splitext(name)[1].lower() in suffixes() for name, _, _ in tried):
+        for suffix in (".tar", ".parquet"):
+            shards = [root / name for name, _, _ in others if name.lower().endswith(suffix)]
+            if shards:
+                return _files(shards, split, key)
+    if key is not None:
         raise ValueError(
-            f"source: {key} is {labels.dtype} {labels.shape}, expected {n} whole numbers"
+            f"key: {key!r} names an array, column or field, but {root} is a folder of images"
         )
-    labels = labels.astype(np.int64)
-    highest = np.iinfo(np.int64).max if names is None else len(names) - 1
-    if n and (labels.min() < -1 or labels.max() > highest):
+    return folders.folder(root, tried, others)
+
+
+def _files(paths: Sequence[Path], split: str, key: str | None) -> Source:
+    path, kinds = paths[0], sorted({p.suffix.lower() for p in paths})
+    if kinds == [".tar"]:
+        return tar(paths, key)
+    if kinds == [".parquet"]:
+        return parquet(paths, split, key)
+    if len(paths) > 1:
         raise ValueError(
-            f"source: {key} has values {labels.min()} ... {labels.max()}, expected -1 (unknown) or "
-            + ("a class number" if names is None else f"one of the {len(names)} class_names")
+            f"source: of several files expected all .tar or all .parquet, got {' '.join(kinds)}"
         )
-    return labels, names
+    if kinds == [".npy"]:
+        return arrays.npy(path)
+    if kinds == [".npz"]:
+        return arrays.npz(path, split, key)
+    if kinds == [".zip"]:
+        if key is not None:
+            raise ValueError(f"key: {key!r} names an array, column or field, but {path} is a .zip")
+        return zipped(path)
+    hint = ""
+    if path.name.lower().endswith(_PACKED):
+        hint = ": images are read at random, which a compressed .tar does not allow; decompress it first"
+    raise ValueError(f"source: expected {_EXPECTED}, got {path}{hint}")

@@ -68,7 +68,9 @@ def extract(
 ) -> PhiStore:
     """φ of every image at every noise level: the mean of ā(x + σz) over noise draws (§2.2).
 
-    images: a pack (or its path), or a float tensor or array (N, C, H, W) in [0, 1].
+    images: a pack (or its path), a tensor or array, float in [0, 1] or uint8, or a data set
+        (torchvision's, Hugging Face's, a list, …): what `fastphi.data.open_images` takes. A data set
+        is read once at the start for its SHA-256, and again at each level.
     out: the folder of the store; None keeps it in memory. An interrupted extraction goes on where
         it stopped, to the same bits; a finished one returns at once; `sigmas` may be added later.
     sigmas: noise levels, in units of the images; default: AUTHORS_SIGMAS up to the top of the

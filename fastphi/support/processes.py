@@ -54,8 +54,7 @@ def spread(
     if not first:
         return
     threads = max(1, torch.get_num_threads() // workers)
-    # In bytes: multiprocessing's own pickle would move a model's parameters to shared memory.
-    setup = (work, pickle.dumps(state), threads)
+    setup = (work, pickled(state), threads)
     with futures.ProcessPoolExecutor(
         len(first), multiprocessing.get_context("spawn"), _start, setup
     ) as pool:
@@ -78,6 +77,17 @@ def spread(
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def pickled(state: Any) -> bytes:
+    """In bytes: multiprocessing's own pickle would move a model's parameters to shared memory."""
+    try:
+        return pickle.dumps(state)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"workers: what they work on cannot be sent to other processes ({error}); is a function in "
+            "it a lambda or defined inside another? Move it to a module, or use no workers"
+        ) from None
 
 
 _job: tuple[Callable[..., Any], Any]

@@ -38,6 +38,7 @@ def size(hw: Sequence[int], config: Any, name: str = "size") -> None:
         raise ValueError(
             f"{name}: height and width must be multiples of {multiple} (the model halves them "
             f"{len(config.channels) - 1} times), got {hw[0]}x{hw[1]}"
+            + ("; fastphi.pack crops and resizes" if name == "images" else "")
         )
 
 

@@ -86,7 +86,8 @@ class Trainer:
     """A training run: `config.out` holds its state, and the same config goes on from there.
 
     images: what to train on, where `config.data` is not given: anything `fastphi.data.open_images`
-    takes. Raises ValueError or TypeError, before any work, for what cannot be trained.
+    takes (a data set is read once at the start, for its SHA-256). Raises ValueError or TypeError,
+    before any work, for what cannot be trained.
     """
 
     def __init__(self, config: TrainConfig, images: Any = None) -> None:

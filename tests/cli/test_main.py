@@ -116,6 +116,8 @@ def test_doctor(capsys):
     [
         (["pack", "nowhere", "out"], "nowhere"),
         (["pack", "{work}/images.npy", "{tmp}/p", "--size", "0"], "size"),
+        (["pack", "{work}/s-{{0..1}}.tar", "{tmp}/p"], "source: .*s-0.tar"),
+        (["pack", "{work}/images.npy", "{tmp}/p", "--bits", "99"], "bits: "),
         (["train", "--data", "nowhere", "--out", "{tmp}/r"], "nowhere"),
         (["train", "--data", "{work}/pack", "--out", "{tmp}/r", "--lr", "nan"], "lr"),
         (["train", "--data", "{work}/pack", "--out", "{tmp}/r", "--batch", "4096"], "batch"),

@@ -18,43 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from images_case import SIZE, encoded, lines, pixels, quiet_pack, reasons, save
 from PIL import Image, ImageFile
 
 import fastphi
-from fastphi.data import MemoryImages, PackedImages, open_images, pack, shards
+from fastphi.data import MemoryImages, PackedImages, open_images, shards
 from fastphi.data.images import FORMAT, VERSION
 from fastphi.support import files
-
-SIZE = 16
-
-
-def quiet_pack(source, out, **options):
-    return pack(source, out, **{"size": SIZE, "progress": False, **options})
-
-
-def pixels(seed, height=SIZE, width=SIZE, channels=3):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (height, width, channels), np.uint8).squeeze()
-
-
-def save(path, array, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-    return path
-
-
-def encoded(array, **options):
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, **options)
-    return buffer.getvalue()
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def reasons(out):
-    return {line["name"]: line["reason"] for line in lines(out / "skipped.jsonl")}
 
 
 @pytest.fixture
@@ -450,7 +420,7 @@ def test_finished_pack_is_returned_at_once(folder, tmp_path, monkeypatch):
 
 
 def test_resume_with_other_settings_or_source(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastphi.data.packing._assemble", interrupt)
+    monkeypatch.setattr("fastphi.data.assembly.assemble", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quiet_pack(folder, tmp_path / "out")
     monkeypatch.undo()
@@ -469,7 +439,7 @@ def interrupt(*_):
 
 
 def test_damaged_shard_is_named_and_made_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastphi.data.packing._assemble", interrupt)
+    monkeypatch.setattr("fastphi.data.assembly.assemble", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quiet_pack(folder, tmp_path / "out")
     monkeypatch.undo()
@@ -527,7 +497,7 @@ def test_wrong_sources_and_options(folder, tmp_path):
     with pytest.raises(ValueError, match="not a whole .npz"):
         quiet_pack(tmp_path / "a.npz", tmp_path / "out")
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(ValueError, match="expected a folder, an .npy or an .npz"):
+    with pytest.raises(ValueError, match="expected a folder, an .npy"):
         quiet_pack(tmp_path / "a.txt", tmp_path / "out")
     np.savez(tmp_path / "b.npz", x=np.zeros((2, SIZE, SIZE), np.uint8), labels=np.array([0.5, 1]))
     with pytest.raises(ValueError, match="labels is float64"):

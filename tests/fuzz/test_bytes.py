@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import random
 import shutil
+import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from fastphi import checkpoint, data
 from fastphi.analysis.common import Result
 from fastphi.checkpoint import authors
 from fastphi.config import UNetConfig
+from fastphi.data import pixels as decoding
 from fastphi.data import shards
 from fastphi.study import record
 from fastphi.support import reading
@@ -61,6 +64,7 @@ def formats(tmp_path_factory) -> dict[str, Format]:
     )
     packed = data.pack(here / "x.npz", here / "pack", size=8, progress=False)
     torch.manual_seed(0)
+    archives(here, jpeg)
     model = fastphi.UNet(CONFIG)
     fastphi.save(model, here / "model.safetensors")
     store = fastphi.extract(model, packed, here / "store", sigmas=[0.1], draws=1, indices=[3, 1])
@@ -71,7 +75,7 @@ def formats(tmp_path_factory) -> dict[str, Format]:
     config = TrainConfig(out=here / "run", model=CONFIG, batch=8, max_steps=2, holdout=4)
     Trainer(config, packed).run(progress=False)
     parts = here / "parts"
-    options = shards.Options(8, True, False)
+    options = decoding.Options(8, True, False)
     shards.make_shard(parts / "000000000.npz", list(pixels[:9]), options)
     inner = Numbers(np.arange(3), {}, (float("nan"), "x"), None)
     record.save(Numbers(np.eye(2), {"a": np.ones(2)}, (1.5, "b"), inner), here / "result.npz")
@@ -100,6 +104,8 @@ def formats(tmp_path_factory) -> dict[str, Format]:
         "source npy": Format(here / "x.npy", source_of),
         "source npz": Format(here / "x.npz", source_of, members=True),
         "encoded npz": Format(here / "encoded.npz", source_of, members=True),
+        "source tar": Format(here / "x.tar", decoded_source),
+        "source zip": Format(here / "x.zip", decoded_source),
         "shard": Format(parts / "000000000.npz", shard_of, members=True),
         "samples": Format(here / "r.npz", fastphi.Reconstruction.load, members=True),
         "analysis": Format(
@@ -165,6 +171,27 @@ def source_of(file: Path) -> Any:
     return source.payloads(0, 2)
 
 
+def archives(here: Path, jpeg: list[bytes]) -> None:
+    with tarfile.open(here / "x.tar", "w") as tar, zipfile.ZipFile(here / "x.zip", "w") as zipped:
+        for i, content in enumerate(jpeg):
+            members = {f"a/{i}.jpg": content, f"a/{i}.json": b'{"label": 1}'}
+            for name, its in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(its)
+                tar.addfile(info, io.BytesIO(its))
+            zipped.writestr(f"a/{i}.jpg", content)
+        zipped.writestr("dataset.json", '{"labels": [["a/1.jpg", 2]]}')
+
+
+def decoded_source(file: Path) -> Any:
+    source = data.sources.open_source(file, "train", None)
+    for payload in source.payloads(0, len(source)):
+        try:
+            decoding.convert(payload, 4, True, True)
+        except decoding.Skipped as reason:
+            assert "\n" not in str(reason)
+
+
 def shard_of(file: Path) -> Any:
     names = ("pixels", "kept", "digests", "skipped", "reasons")
     return shards.read(file.parent, 0, *names)
@@ -180,15 +207,16 @@ def log_of(file: Path) -> Any:
 
 def picture_of(file: Path) -> Any:
     try:
-        with shards._strict_decoding():
-            return shards.convert(str(file), 4, True, True)
-    except shards.Skipped as reason:
+        with decoding.strict_decoding():
+            return decoding.convert(str(file), 4, True, True)
+    except decoding.Skipped as reason:
         assert "\n" not in str(reason)
 
 
 NAMES = [
     *("pack manifest", "pack pixels", "pack labels", "store manifest", "store φ", "store done"),
-    *("store indices", "source npy", "source npz", "encoded npz", "shard", "samples", "analysis"),
+    *("store indices", "source npy", "source npz", "encoded npz", "source tar", "source zip"),
+    *("shard", "samples", "analysis"),
     *("model", "authors' weights", "authors' arguments", "checkpoint", "log", "φ of one's own"),
     *(f"picture {kind}" for kind in ("png", "jpeg", "webp", "gif", "bmp", "tiff")),
 ]
