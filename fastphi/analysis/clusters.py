@@ -33,7 +33,7 @@ def _separations(phi: Any, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     _, own = np.unique(labels_of(labels, len(phi)), return_inverse=True)
     k = int(own.max()) + 1
     centre = centroids(phi, own, k)
-    distance = np.linalg.norm(centre[:, None] - centre[None], axis=2)
+    distance = np.array([np.linalg.norm(centre - c, axis=1) for c in centre])
     variance = _along_lines(phi, own, centre, distance)
     with np.errstate(invalid="ignore", divide="ignore"):
         found = distance / np.sqrt((variance + variance.T) / 2)

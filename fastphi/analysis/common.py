@@ -106,7 +106,8 @@ def gaussian_like(rows: Any, seed: int = 0) -> np.ndarray:
     """As many draws (N, C) from the Gaussian with the rows' mean and covariance: geometry without
     structure. Whatever comes out the same on it, clusters for instance, says nothing of the rows.
 
-    More than 10⁸ values are a memory map of a temporary file (`kept`), in float32.
+    More than 10⁸ values are a memory map of a temporary file (`kept`), in float32. The sign of a principal
+    component hangs on the last bit of the covariance: chunks of another size may give the draws mirrored.
     """
     rows, rng = matrix(rows), np.random.default_rng(seed)
     n, d = rows.shape
@@ -115,7 +116,7 @@ def gaussian_like(rows: Any, seed: int = 0) -> np.ndarray:
         mean = x.mean(axis=0)
         return mean + rng.standard_normal((n, n)) @ (x - mean) / n**0.5
     of, first = moments(rows, products=True), finite(rows[:1])[0]
-    values, vectors = np.linalg.eigh(of.scatter / n)
+    values, vectors = np.linalg.eigh(of.scatter * (1 / n))  # / n would round otherwise than np.cov
     mixing = np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
     drawn = (
         # rounding would bring a dead channel to life

@@ -108,9 +108,10 @@ def _neighbourhoods(phi: Rows, at: np.ndarray, index: np.ndarray, random: np.nda
     d = phi.shape[1]
     dimension = participation_ratio(around.mean(axis=1))
     centred = around - around.mean(axis=1, keepdims=True)
-    values = np.linalg.svd(centred, compute_uv=False) ** 2
+    products = centred @ centred.swapaxes(1, 2)  # (Q, k, k), of the covariance's eigenvalues
+    total = np.trace(products, axis1=1, axis2=2)
     with np.errstate(invalid="ignore"):
-        spread = values.sum(axis=1) ** 2 / (values**2).sum(axis=1) / d
+        spread = total**2 / (products**2).sum(axis=(1, 2)) / d
     own = _active(finite(phi[at]))[:, None]
     overlap, by_chance = (_overlap(own, _around(phi, of)) for of in (index, random))
     return dimension, spread, overlap, by_chance
