@@ -74,8 +74,9 @@ def probe(
     hot, k = one_hot(named, named.max() + 1), int(named.max()) + 1
     correct = {}
     for name, rows in spaces.items():
-        guesses = ridge(rows, hot, kept, strength, name)
-        parts = [guesses(x).argmax(axis=1) for _, x in chunks(rows, name, beside=k)]
+        argument = "phi" if name == "φ" else name
+        guesses = ridge(rows, hot, kept, strength, argument)
+        parts = [guesses(x).argmax(axis=1) for _, x in chunks(rows, argument, beside=k)]
         correct[name] = (np.concatenate(parts)[held] == named[held]).astype(np.float64)
     chance = float(np.bincount(named[held]).max() / len(held))
     return Probe(correct, chance)
