@@ -5,10 +5,11 @@
 A store of one noise level, 512 channels: 1,000 classes of sparse φ, each on a fifth of the channels; and its
 labels. Each analysis runs in a process of its own that may allocate --limit GB (RLIMIT_DATA: what it allocates,
 touched or not; a map of the store is no part of it, so the system may keep the store in memory besides).
-seconds: of the call. anonymous: the most that the process held of its own (RssAnon, looked at every 20 ms);
-resident: ru_maxrss, with the pages of the store that are mapped. k-means are of 50 clusters. Two stages of a
-study are not one call: clusters (here with 2 Gaussians and 3 starts, so that 100,000 rows end) and agreement
-(2 seeds, 2 starts). FOLDER takes 2.6 GB for a million rows, and as much for a Gaussian beside. Prints a table.
+seconds: of the call; cpu: of all its threads together, which others on the machine change less. anonymous: the most that the process held of its own (RssAnon, looked at every 20 ms);
+resident: ru_maxrss, with the pages of the store that are mapped. K-means is of 50 clusters, and has fewer
+starts than a study's, so that 100,000 rows come to an end: 3, and 1 in clusters (2 Gaussians) and in agreement
+(2 seeds; of the classes too). FOLDER takes 2.6 GB for a million rows, TMPDIR as much for a Gaussian. Prints a
+table.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ def calls(phi: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any]]:
         "distinct": lambda: distinct(phi, 6),
         "nearest, 8 queries": lambda: nearest(phi[:8], phi, 9),
         "label_agreement": lambda: label_agreement(phi, labels),
-        "kmeans": lambda: kmeans(phi, K),
-        "clusters": lambda: clusters(phi, K, labels=labels, draws=2, starts=3),
-        "agreement": lambda: agreement(phi, K, labels=labels, seeds=2, starts=2),
+        "kmeans": lambda: kmeans(phi, K, starts=3),
+        "clusters": lambda: clusters(phi, K, labels=labels, draws=2, starts=1),
+        "agreement": lambda: agreement(phi, K, labels=labels, seeds=2, starts=1),
         "probe": lambda: probe(phi, labels),
         "principal": lambda: principal(phi, 50),
         "embedding": lambda: embedding(phi),
@@ -101,10 +102,11 @@ def measure(folder: Path, name: str, limit: float) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     try:
         call()
         found = {"seconds": round(time.perf_counter() - start, 2)}
+        found["cpu"] = round(time.process_time() - busy, 2)
     except MemoryError:
         found = {"failed": f"more than {limit:g} GB"}
     done.set()
@@ -122,14 +124,16 @@ def run(folder: Path, name: str, limit: float) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row per analysis, seconds and anonymous MB at each number of rows."""
+    """Markdown: a row per analysis, seconds, of all threads in brackets, and anonymous MB."""
     sizes = list(found)
     lines = ["| analysis | " + " | ".join(f"{int(n):,} rows" for n in sizes) + " |"]
     lines.append("|---" * (len(sizes) + 1) + "|")
     for name in dict.fromkeys(name for each in found.values() for name in each):
         cells = [found[n].get(name, {}) for n in sizes]
         words = [
-            c.get("failed") or f"{c['seconds']:.3g} s, {c['anonymous MB']} MB" if c else ""
+            c.get("failed") or f"{c['seconds']:.2g} s ({c['cpu']:.2g}), {c['anonymous MB']} MB"
+            if c
+            else ""
             for c in cells
         ]
         lines.append(f"| {name} | " + " | ".join(words) + " |")
