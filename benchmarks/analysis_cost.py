@@ -1,15 +1,16 @@
 """Time and memory of every analysis that reads φ, on made-up stores of up to a million rows.
 
-    python benchmarks/analysis_cost.py FOLDER [--rows 10000 100000 1280000] [--only kmeans probe] [--out FILE]
+    python benchmarks/analysis_cost.py FOLDER [--rows 10000 100000 1280000] [--only NAMES] [--out FILE]
 
-A store of one noise level, 512 channels: 1,000 classes of sparse φ, each on a fifth of the channels; and its
-labels. Each analysis runs in a process of its own that may allocate --limit GB (RLIMIT_DATA: what it allocates,
-touched or not; a map of the store is no part of it, so the system may keep the store in memory besides).
-seconds: of the call; cpu: of all its threads together, which others on the machine change less. anonymous: the most that the process held of its own (RssAnon, looked at every 20 ms);
+A store of one noise level, 512 channels: 1,000 classes of sparse φ, each on a fifth of the channels; and
+labels. Each analysis runs in a process of its own that may allocate --limit GB (RLIMIT_DATA: allocated,
+touched or not; a map of the store is no part of it, and the system may keep the store in memory besides).
+seconds: of the call; cpu: of all its threads together, which others on the machine change less; anonymous:
+the most that the process held of its own, imports (250 MB) included (RssAnon, looked at every 20 ms);
 resident: ru_maxrss, with the pages of the store that are mapped. K-means is of 50 clusters, and has fewer
-starts than a study's, so that 100,000 rows come to an end: 3, and 1 in clusters (2 Gaussians) and in agreement
-(2 seeds; of the classes too). FOLDER takes 2.6 GB for a million rows, TMPDIR as much for a Gaussian. Prints a
-table.
+starts than a study's, so that 100,000 rows come to an end: 3, and 1 in clusters (2 Gaussians) and in
+agreement (2 seeds; of the classes too). FOLDER takes 2.6 GB for a million rows, TMPDIR as much for a
+Gaussian. Prints a table.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastphi.analysis.rows import Rows, finite, kept, matrix, moments, parts, some
+from fastphi.analysis.rows import Rows, finite, gathered, matrix, moments, parts, some
 from fastphi.phi import PhiStore
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def gaussian_like(rows: Any, seed: int = 0) -> np.ndarray:
     """As many draws (N, C) from the Gaussian with the rows' mean and covariance: geometry without
     structure. Whatever comes out the same on it, clusters for instance, says nothing of the rows.
 
-    More than 10⁸ values are a memory map of a temporary file (`kept`), in float32. The sign of a principal
-    component hangs on the last bit of the covariance: chunks of another size may give the draws mirrored.
+    More than 10⁸ values are a memory map of a temporary file (`gathered`), in float32: 6e-8 off. The sign
+    of a principal component hangs on the covariance's last bit: other chunks may give the draws mirrored.
     """
     rows, rng = matrix(rows), np.random.default_rng(seed)
     n, d = rows.shape
@@ -123,14 +123,14 @@ def gaussian_like(rows: Any, seed: int = 0) -> np.ndarray:
         np.where(of.constant, first, of.mean + rng.standard_normal((p.stop - p.start, d)) @ mixing)
         for p in parts(n, d)
     )
-    return kept((n, d), drawn)
+    return gathered((n, d), drawn)
 
 
 def principal(rows: Any, k: int, sample: int = 10_000) -> np.ndarray:
     """Scores (N, k) on the first k principal components: pixels reduced to as many numbers as φ has.
 
     sample: of more rows than this, as many at random say what the components are. Scores are float32;
-    more than 10⁸ values are a memory map of a temporary file (`kept`).
+    more than 10⁸ values are a memory map of a temporary file (`gathered`).
     """
     from sklearn.decomposition import PCA
 
@@ -146,7 +146,7 @@ def principal(rows: Any, k: int, sample: int = 10_000) -> np.ndarray:
         fitted.transform(np.asarray(rows[part], np.float32))
         for part in parts(len(rows), rows.shape[1])
     )
-    return kept((len(rows), k), scores, np.float32)
+    return gathered((len(rows), k), scores, np.float32)
 
 
 def untrained(model: UNet, seed: int = 0) -> UNet:

@@ -81,12 +81,11 @@ def _top(values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _directions(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of length 1 (n, d), float64, and which have no direction (n,): zeros, NaN or Inf among them."""
-    a = np.asarray(a, np.float64)
-    norm = np.linalg.norm(a, axis=1)
+    a = np.array(a, np.float64)
+    norm = np.sqrt(np.einsum("nd,nd->n", a, a))  # without an array of squares
     aimless = ~((norm > 0) & (norm < np.inf))
-    norm[aimless] = 1
-    a = a / norm[:, None]
     a[aimless] = 0
+    a /= np.where(aimless, 1, norm)[:, None]
     return a, aimless
 
 

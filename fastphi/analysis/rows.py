@@ -150,7 +150,9 @@ def centroids(rows: Any, groups: np.ndarray, k: int, name: str = "phi") -> np.nd
     return total / np.bincount(groups, minlength=k)[:, None]
 
 
-def kept(shape: tuple[int, int], made: Iterable[np.ndarray], dtype: Any = np.float64) -> np.ndarray:
+def gathered(
+    shape: tuple[int, int], made: Iterable[np.ndarray], dtype: Any = np.float64
+) -> np.ndarray:
     """The rows that come a few at a time, as one array of that shape.
 
     More than 10⁸ values go to a file in the system's folder for temporary ones (TMPDIR), as float32, and

@@ -18,7 +18,7 @@ from fastphi.analysis.memorisation import nearest_image
 from fastphi.analysis.neighbours import distinct, label_agreement, nearest
 from fastphi.analysis.probe import probe
 from fastphi.analysis.ridge import ridge
-from fastphi.analysis.rows import Pixels, chunks, kept, moments, parts, some
+from fastphi.analysis.rows import Pixels, chunks, gathered, moments, parts, some
 from fastphi.analysis.selectivity import channel_ratios, exciting, faint, selectivity, top_channels
 from fastphi.analysis.sparsity import participation_ratio, sparsity
 from fastphi.analysis.stability import stability
@@ -167,7 +167,11 @@ def test_rows_that_are_many_go_to_a_file_without_a_name(phi, monkeypatch, tmp_pa
     filed = gaussian_like(phi)
     assert isinstance(filed, np.memmap) and not [*tmp_path.iterdir()]
     np.testing.assert_allclose(filed, held, rtol=1e-6, atol=1e-7)  # float32
-    assert kept((3, 2), [np.ones((1, 2)), np.zeros((2, 2))]).tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert gathered((3, 2), [np.ones((1, 2)), np.zeros((2, 2))]).tolist() == [
+        [1, 1],
+        [0, 0],
+        [0, 0],
+    ]
 
 
 def test_components_of_a_sample_are_those_of_all(phi):
