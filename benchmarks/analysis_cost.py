@@ -77,7 +77,7 @@ def calls(phi: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any]]:
         "subspaces": lambda: subspaces(phi, 50),
         "distinct": lambda: distinct(phi, 6),
         "nearest, 8 queries": lambda: nearest(phi[:8], phi, 9),
-        "label_agreement": lambda: label_agreement(phi, labels),
+        "label_agreement, 2,000 queries": lambda: label_agreement(phi, labels, queries=2000),
         "kmeans": lambda: kmeans(phi, K, starts=3),
         "clusters": lambda: clusters(phi, K, labels=labels, draws=2, starts=1),
         "agreement": lambda: agreement(phi, K, labels=labels, seeds=2, starts=1),

@@ -256,7 +256,9 @@ def _correlation(a: Any, b: Any) -> np.ndarray:
     b = matrix(b, "others")
     of, other = moments(a), moments(b, "others")
     both = sum(
-        ((x - of.mean) * (finite(b[part], "others", part.start) - other.mean)).sum(axis=0)
+        (
+            (x - of.mean) * (finite(b[part], "others", range(part.start, part.stop)) - other.mean)
+        ).sum(axis=0)
         for part, x in chunks(a, beside=b.shape[1])
     )
     with np.errstate(invalid="ignore", divide="ignore"):

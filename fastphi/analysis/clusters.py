@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from fastphi.analysis.common import Result, gaussian_like, labels_of, new_axes
 from fastphi.analysis.kmeans import KMeans, kmeans
-from fastphi.analysis.rows import centroids, chunks, group_sums, matrix
+from fastphi.analysis.rows import add_to_groups, centroids, chunks, matrix
 from fastphi.support import validate
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def _along_lines(phi: Any, own: np.ndarray, centre: np.ndarray, distance: np.nda
         places -= places[np.arange(len(group)), group][:, None]  # along c_column − c_row
         length = distance[group]
         np.divide(places, length, out=places, where=length > 0)
-        first += group_sums(places, group, k)
-        second += group_sums(places**2, group, k)
+        add_to_groups(first, places, group)
+        add_to_groups(second, places**2, group)
     n = np.bincount(own, minlength=k)[:, None]
     return np.where(n > 1, second / n - (first / n) ** 2, np.nan)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastphi.analysis.common import Result, new_axes
-from fastphi.analysis.rows import Rows, chunks, finite, matrix, parts, some
+from fastphi.analysis.rows import Rows, matrix, parts, some, taken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,20 +54,19 @@ def embedding(
     """
     phi = matrix(phi)
     labels = np.empty(0) if labels is None else np.asarray(labels)
-    first = finite(phi[:1])
-    if all((x == first).all() for _, x in chunks(phi)):  # t-SNE would divide by their deviation, 0
-        return Embedding(np.full((len(phi), 2), 0.5), labels)
     at = some(len(phi), sample, seed)
-    whole = len(at) == len(phi)
-    places = _map(_unit(phi[:]), seed) if whole else _placed(phi, at, seed)
+    whole, rows = len(at) == len(phi), _unit(phi, at)
+    if (rows == rows[0]).all():  # t-SNE would divide by their standard deviation, and crash on NaN
+        return Embedding(np.full((len(phi), 2), 0.5), labels, None if whole else len(at))
+    places = _map(rows, seed) if whole else _placed(phi, at, rows, seed)
     low, high = places.min(axis=0), places.max(axis=0)
     places = (places - low) / np.where(high > low, high - low, 1)
     return Embedding(places, labels, None if whole else len(at))
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """Euclidean distance of unit rows orders as cosine does."""
-    rows = finite(rows)
+def _unit(phi: Rows, at: np.ndarray) -> np.ndarray:
+    """The rows `at`, of length 1: their Euclidean distance orders as cosine does."""
+    rows = taken(phi, at)
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norm > 0, norm, 1)
 
@@ -79,16 +78,16 @@ def _map(unit: np.ndarray, seed: int) -> np.ndarray:
     return TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(unit)
 
 
-def _placed(phi: Rows, at: np.ndarray, seed: int) -> np.ndarray:
-    """(N, 2): the rows `at` by t-SNE, the others where the map of these puts them."""
+def _placed(phi: Rows, at: np.ndarray, unit: np.ndarray, seed: int) -> np.ndarray:
+    """(N, 2): the rows `at`, `unit` (n, C), by t-SNE, the others where the map of these puts them."""
     import openTSNE
 
-    perplexity = min(30.0, (len(at) - 1) / 3)
+    perplexity = min(30.0, (len(unit) - 1) / 3)
     options: Any = {"perplexity": perplexity, "random_state": seed, "n_jobs": -1}
-    made: Any = openTSNE.TSNE(2, initialization="pca", **options).fit(_unit(phi[at]))
+    made: Any = openTSNE.TSNE(2, initialization="pca", **options).fit(unit)
     places = np.empty((len(phi), 2))
     places[at] = made
     others = np.setdiff1d(np.arange(len(phi)), at)
     for part in parts(len(others), 1, _TOGETHER):
-        places[others[part]] = made.transform(_unit(phi[others[part]]))
+        places[others[part]] = made.transform(_unit(phi, others[part]))
     return places

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastphi.analysis.common import Result
-from fastphi.analysis.rows import Rows, chunks, finite, matrix
+from fastphi.analysis.rows import Rows, chunks, finite, matrix, taken
 from fastphi.support import validate
 
 _BATCH = 8192  # rows of a mini-batch
@@ -91,7 +91,7 @@ def mini_batch_kmeans(
 
 
 def _some(rows: Rows, numbers: np.ndarray) -> np.ndarray:
-    return finite(rows[np.sort(numbers)])  # in order: a memory map reads forwards
+    return taken(rows, np.sort(numbers))  # in order: a memory map reads forwards
 
 
 def _nearest_centroid(x: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,14 @@
 """Rows (N, C) that need not fit in memory: gone over a chunk at a time, in float64.
 
 An analysis of a φ store holds a chunk, 8 MiB, and what it finds, not the rows. Sums are taken chunk by
-chunk in float64 and merged (Chan, Golub & LeVeque 1979), so a result is that of the whole array to its
-rounding: 1e-12 of it in the tests, whatever the chunk.
+chunk in float64 and merged (Chan, Golub & LeVeque 1979), so results are those of the whole array to its
+rounding, whatever the chunk: in the tests 1e-12 of a sum, 1e-9 of what an analysis makes of sums.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -56,14 +56,22 @@ def matrix(rows: Any, name: str = "phi") -> Rows:
     return array
 
 
-def finite(rows: Any, name: str = "phi", first: int = 0) -> np.ndarray:
-    """`matrix` in float64, all finite: for a few rows. first: the number that errors give row 0."""
+def finite(
+    rows: Any, name: str = "phi", numbers: Sequence[int] | np.ndarray | None = None
+) -> np.ndarray:
+    """`matrix` in float64, all finite: for a few rows. numbers: of the rows, for errors."""
     array = np.asarray(matrix(rows, name)[:], np.float64)
     good = np.isfinite(array)
     if not good.all():
-        row = first + int(good.all(axis=1).argmin())
+        row = int(good.all(axis=1).argmin())
+        row = row if numbers is None else int(numbers[row])
         raise ValueError(f"{name}: expected finite values, got NaN or Inf in row {row}")
     return array
+
+
+def taken(rows: Rows, at: np.ndarray) -> np.ndarray:
+    """`finite` of φ's rows at `at`, row numbers (n,)."""
+    return finite(rows[at], "phi", at)
 
 
 def parts(n: int, width: int, step: int | None = None) -> Iterator[slice]:
@@ -80,7 +88,7 @@ def chunks(rows: Any, name: str = "phi", beside: int = 0) -> Iterator[tuple[slic
     """
     rows = matrix(rows, name)
     for part in parts(len(rows), rows.shape[1] + beside):
-        yield part, finite(rows[part], name, part.start)
+        yield part, finite(rows[part], name, range(part.start, part.stop))
 
 
 def some(n: int, most: int, seed: int = 0) -> np.ndarray:
@@ -131,9 +139,10 @@ def strongest(rows: Any, name: str = "phi") -> np.ndarray:
     return most
 
 
-def group_sums(x: np.ndarray, groups: np.ndarray, k: int) -> np.ndarray:
-    """(k, C): sums of the rows x (n, C) of each group; groups: (n,), numbers below k."""
-    return one_hot(groups, k).T @ x
+def add_to_groups(total: np.ndarray, x: np.ndarray, groups: np.ndarray) -> None:
+    """Adds the rows x (n, C) to total (k, C), each to its group's; groups: (n,), numbers below k."""
+    there, own = np.unique(groups, return_inverse=True)
+    total[there] += one_hot(own, len(there)).T @ x
 
 
 def one_hot(groups: np.ndarray, k: int) -> Any:
@@ -144,9 +153,11 @@ def one_hot(groups: np.ndarray, k: int) -> Any:
     return csr_matrix((np.ones(len(groups)), groups, each), (len(groups), k))
 
 
-def centroids(rows: Any, groups: np.ndarray, k: int, name: str = "phi") -> np.ndarray:
+def centroids(rows: Rows, groups: np.ndarray, k: int, name: str = "phi") -> np.ndarray:
     """(k, C): mean of the rows of each group; groups: (N,), numbers below k, each of them there."""
-    total = sum(group_sums(x, groups[part], k) for part, x in chunks(rows, name))
+    total = np.zeros((k, rows.shape[1]))
+    for part, x in chunks(rows, name):
+        add_to_groups(total, x, groups[part])
     return total / np.bincount(groups, minlength=k)[:, None]
 
 

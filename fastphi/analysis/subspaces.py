@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from fastphi.analysis.common import Result, exceeds, gaussian_like, new_axes
 from fastphi.analysis.neighbours import nearest
-from fastphi.analysis.rows import Rows, finite, matrix, parts
+from fastphi.analysis.rows import Rows, matrix, parts, taken
 from fastphi.analysis.sparsity import participation_ratio
 from fastphi.support import validate
 
@@ -112,14 +112,14 @@ def _neighbourhoods(phi: Rows, at: np.ndarray, index: np.ndarray, random: np.nda
     total = np.trace(products, axis1=1, axis2=2)
     with np.errstate(invalid="ignore"):
         spread = total**2 / (products**2).sum(axis=(1, 2)) / d
-    own = _active(finite(phi[at]))[:, None]
+    own = _active(taken(phi, at))[:, None]
     overlap, by_chance = (_overlap(own, _around(phi, of)) for of in (index, random))
     return dimension, spread, overlap, by_chance
 
 
 def _around(phi: Rows, index: np.ndarray) -> np.ndarray:
     """(Q, k, d): the rows index (Q, k)."""
-    return finite(phi[index.ravel()]).reshape(*index.shape, -1)
+    return taken(phi, index.ravel()).reshape(*index.shape, -1)
 
 
 def _active(rows: np.ndarray) -> np.ndarray:
