@@ -9,7 +9,7 @@ seconds: of the call; cpu: of all its threads together, which others on the mach
 the most that the process held of its own, imports (250 MB) included (RssAnon, looked at every 20 ms);
 resident: ru_maxrss, with the pages of the store that are mapped. K-means is of 50 clusters, and has fewer
 starts than a study's, so that 100,000 rows come to an end: 3, and 1 in clusters (2 Gaussians) and in
-agreement (2 seeds; of the classes too). FOLDER takes 2.6 GB for a million rows, TMPDIR as much for a
+agreement (2 seeds, none from the classes). FOLDER takes 2.6 GB for a million rows, TMPDIR as much for a
 Gaussian. Prints a table.
 """
 
@@ -80,7 +80,7 @@ def calls(phi: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], Any]]:
         "label_agreement, 2,000 queries": lambda: label_agreement(phi, labels, queries=2000),
         "kmeans": lambda: kmeans(phi, K, starts=3),
         "clusters": lambda: clusters(phi, K, labels=labels, draws=2, starts=1),
-        "agreement": lambda: agreement(phi, K, labels=labels, seeds=2, starts=1),
+        "agreement": lambda: agreement(phi, K, seeds=2, starts=1),
         "probe": lambda: probe(phi, labels),
         "principal": lambda: principal(phi, 50),
         "embedding": lambda: embedding(phi),

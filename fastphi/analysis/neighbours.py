@@ -48,7 +48,7 @@ def nearest(
     for part in parts(len(r), r.shape[1], chunk):
         unit, aimless = _directions(r[part])
         index = np.arange(part.start, part.stop)
-        for tile in parts(len(q), len(index)):
+        for tile in parts(len(q), 4 * len(index)):  # cosines, a copy of some, and its parting
             cosine = q[tile] @ unit.T
             cosine[:, aimless] = cosine[lost[tile]] = _NO_DIRECTION
             if left_out is not None:
