@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastphi import data
-from fastphi.analysis.common import Result, finite, gaussian_like, new_axes
+from fastphi.analysis.common import Result, gaussian_like, new_axes
+from fastphi.analysis.rows import chunks, finite, matrix, moments
 from fastphi.analysis.selectivity import channel_ratios
 from fastphi.analysis.sparsity import participation_ratio
 
@@ -155,7 +156,7 @@ def _measured(
     sigma: float = 0.0,
     size: int | None = None,
 ) -> Channels:
-    phi = finite(phi)
+    phi = matrix(phi)
     empty = np.empty(0)
     spatial = dimension = frequency = orientation = noisy = empty
     if model is not None and images is not None:
@@ -165,7 +166,7 @@ def _measured(
     if model is not None:
         frequency, orientation = tuning(model, size or 64, block)
     if others:
-        noisy = np.mean([_correlation(phi, finite(o)) for o in others.values()], axis=0)
+        noisy = np.mean([_correlation(phi, o) for o in others.values()], axis=0)
     return Channels(
         channel_ratios(phi), kurtosis(phi), spatial, dimension, frequency, orientation, noisy
     )
@@ -173,10 +174,12 @@ def _measured(
 
 def kurtosis(phi: Any) -> np.ndarray:
     """(C,): excess kurtosis of each channel over the rows of φ; 0 for a Gaussian, NaN for a constant."""
-    x = finite(phi)
-    x = x - x.mean(axis=0)
+    of = moments(phi)
+    fourth = sum(
+        (((x - of.mean) ** 2) ** 2).sum(axis=0) for _, x in chunks(phi)
+    )  # pow(x, 4) is slow
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (x**4).mean(axis=0) / (x**2).mean(axis=0) ** 2 - 3
+        return of.n * fourth / of.scatter**2 - 3
 
 
 def map_statistics(
@@ -248,8 +251,15 @@ def gratings(
     return torch.from_numpy(0.5 + contrast * np.stack(waves))[:, None]
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _correlation(a: Any, b: Any) -> np.ndarray:
     """(C,): correlation over rows, channel by channel; NaN where one is constant."""
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    b = matrix(b, "others")
+    of, other = moments(a), moments(b, "others")
+    both = sum(
+        (
+            (x - of.mean) * (finite(b[part], "others", range(part.start, part.stop)) - other.mean)
+        ).sum(axis=0)
+        for part, x in chunks(a, beside=b.shape[1])
+    )
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(axis=0) / np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
+        return both / np.sqrt(of.scatter * other.scatter)

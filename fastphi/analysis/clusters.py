@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastphi.analysis.common import Result, finite, gaussian_like, labels_of, new_axes
+from fastphi.analysis.common import Result, gaussian_like, labels_of, new_axes
 from fastphi.analysis.kmeans import KMeans, kmeans
+from fastphi.analysis.rows import add_to_groups, centroids, chunks, matrix
 from fastphi.support import validate
 
 if TYPE_CHECKING:
@@ -23,24 +24,39 @@ def separations(phi: Any, labels: ArrayLike) -> np.ndarray:
     ‖c_a − c_b‖ / √((v_a + v_b)/2) with v the variance of a group's members along that line. NaN on
     the diagonal and for groups of fewer than two.
     """
-    phi = finite(phi)
-    _, labels = np.unique(labels_of(labels, len(phi)), return_inverse=True)
-    k = int(labels.max()) + 1
-    groups = [phi[labels == c] for c in range(k)]
-    centroids = np.array([g.mean(axis=0) for g in groups])
-    variance = np.full((k, k), np.nan)  # of row's members along the line to column
-    for a, members in enumerate(groups):
-        if len(members) < 2:
-            continue
-        lines = centroids - centroids[a]
-        length = np.linalg.norm(lines, axis=1, keepdims=True)
-        lines = np.divide(lines, length, out=np.zeros_like(lines), where=length > 0)
-        variance[a] = ((members - centroids[a]) @ lines.T).var(axis=0)
-    distance = np.linalg.norm(centroids[:, None] - centroids[None], axis=2)
+    return _separations(phi, labels)[0]
+
+
+def _separations(phi: Any, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """And the distances between centroids (k, k)."""
+    phi = matrix(phi)
+    _, own = np.unique(labels_of(labels, len(phi)), return_inverse=True)
+    k = int(own.max()) + 1
+    centre = centroids(phi, own, k)
+    distance = np.array([np.linalg.norm(centre - c, axis=1) for c in centre])
+    variance = _along_lines(phi, own, centre, distance)
     with np.errstate(invalid="ignore", divide="ignore"):
         found = distance / np.sqrt((variance + variance.T) / 2)
     np.fill_diagonal(found, np.nan)
-    return np.where(np.isfinite(found), found, np.nan)
+    return np.where(np.isfinite(found), found, np.nan), distance
+
+
+def _along_lines(phi: Any, own: np.ndarray, centre: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """(k, k): variance of the members of the row's group along the line to the column's centroid; NaN for
+    a group of one. own: (N,) groups; centre: (k, d); distance: (k, k) of the centroids."""
+    k = len(centre)
+    ends = centre - centre.mean(axis=0)  # what all share only rounds
+    first, second = np.zeros((k, k)), np.zeros((k, k))
+    for part, x in chunks(phi, beside=3 * k):
+        group = own[part]
+        places = (x - centre[group]) @ ends.T
+        places -= places[np.arange(len(group)), group][:, None]  # along c_column − c_row
+        length = distance[group]
+        np.divide(places, length, out=places, where=length > 0)
+        add_to_groups(first, places, group)
+        add_to_groups(second, places**2, group)
+    n = np.bincount(own, minlength=k)[:, None]
+    return np.where(n > 1, second / n - (first / n) ** 2, np.nan)
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,7 @@ def clusters(
     labels: (N,) of classes, for comparison. draws: Gaussians of the same mean and covariance that
     go through the same K-means; at least two.
     """
-    phi = finite(phi)
+    phi = matrix(phi)
     validate.integer(draws, "draws", low=2)
     found = kmeans(phi, k, starts=starts, seed=seed)
     random, nearest = _pairs(phi, found.labels)
@@ -147,15 +163,12 @@ def purity(clusters: ArrayLike, labels: ArrayLike) -> float:
     return float(table.max(axis=1).sum() / len(labels))
 
 
-def _pairs(phi: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(phi: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Separations of all pairs, and of each group with the one of the nearest centroid."""
-    table = separations(phi, labels)
-    names = np.unique(labels)
-    centroids = np.array([phi[labels == c].mean(axis=0) for c in names])
-    distance = np.linalg.norm(centroids[:, None] - centroids[None], axis=2)
+    table, distance = _separations(phi, labels)
     np.fill_diagonal(distance, np.inf)
-    upper = table[np.triu_indices(len(names), 1)]
-    return upper, table[np.arange(len(names)), distance.argmin(axis=1)]
+    k = len(table)
+    return table[np.triu_indices(k, 1)], table[np.arange(k), distance.argmin(axis=1)]
 
 
 @dataclass(frozen=True)
@@ -200,10 +213,10 @@ def agreement(
     """
     from sklearn.metrics import adjusted_rand_score as rand
 
-    phi = finite(phi)
+    phi = matrix(phi)
     validate.integer(seeds, "seeds", low=2)
 
-    def across(rows: np.ndarray) -> list[np.ndarray]:
+    def across(rows: Any) -> list[np.ndarray]:
         return [kmeans(rows, k, starts=starts, seed=s).labels for s in range(seeds)]
 
     def pairs(runs: list[np.ndarray]) -> np.ndarray:
@@ -216,8 +229,8 @@ def agreement(
         found[name] = np.array([rand(own[0], other)])
     if labels is not None:
         labels = labels_of(labels, len(phi))
-        names = np.unique(labels)
-        init = np.array([phi[labels == c].mean(axis=0) for c in names])
+        names, own_class = np.unique(labels, return_inverse=True)
+        init = centroids(phi, own_class, len(names))
         from_classes = kmeans(phi, len(names), init=init).labels
         plus = kmeans(phi, len(names), starts=starts).labels
         found["class starts"] = np.array([rand(plus, from_classes)])

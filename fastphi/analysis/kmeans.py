@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastphi.analysis.common import Result, finite, matrix
+from fastphi.analysis.common import Result
+from fastphi.analysis.rows import Rows, chunks, finite, matrix, taken
 from fastphi.support import validate
 
-_BATCH = 8192  # rows of a mini-batch, and of what is read at once
+_BATCH = 8192  # rows of a mini-batch
 _BATCHES = 100  # mini-batches at most, of one start
 _MINI_BATCH_FROM = 200_000  # rows from which K-means sees a mini-batch at a time
 
@@ -58,7 +59,7 @@ def kmeans(
 
 
 def mini_batch_kmeans(
-    rows: np.ndarray, k: int, *, starts: int = 10, seed: int = 0, init: ArrayLike | None = None
+    rows: Rows, k: int, *, starts: int = 10, seed: int = 0, init: ArrayLike | None = None
 ) -> KMeans:
     """`kmeans` of rows (N, d) that need not fit in memory: `_BATCH` of them are held at a time, besides
     numbers and labels of all, 16 bytes a row. The best start is the one nearest to a random batch.
@@ -83,15 +84,14 @@ def mini_batch_kmeans(
             best, least = fitted.cluster_centers_, distance
     assert best is not None
     labels, total = np.empty(n, np.int64), 0.0
-    for at in range(0, n, _BATCH):
-        part = slice(at, min(at + _BATCH, n))
-        labels[part], distance = _nearest_centroid(finite(rows[part]), best)
+    for part, x in chunks(rows, beside=k):
+        labels[part], distance = _nearest_centroid(x, best)
         total += float(distance.sum())
     return KMeans(labels, best, total / n)
 
 
-def _some(rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    return finite(rows[np.sort(numbers)])  # in order: a memory map reads forwards
+def _some(rows: Rows, numbers: np.ndarray) -> np.ndarray:
+    return taken(rows, np.sort(numbers))  # in order: a memory map reads forwards
 
 
 def _nearest_centroid(x: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastphi import data
 from fastphi.analysis.common import Result, blocks_of, new_axes
+from fastphi.analysis.ridge import ridge
+from fastphi.analysis.rows import Rows, chunks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +123,7 @@ def decode_position(
     positions = np.asarray(positions, np.float64)
 
     def each(blocks: Any) -> dict[str, float]:
-        return {b: _r2(np.asarray(a, np.float64), positions, seed) for b, a in blocks.items()}
+        return {b: _r2(a, positions, seed) for b, a in blocks.items()}
 
     others = {name: each(blocks_of(value)) for name, value in (controls or {}).items()}
     return Decoding(each(blocks_of(means)), others)
@@ -163,12 +165,10 @@ def _means(model: UNet, x: Tensor) -> dict[str, np.ndarray]:
     return {b: torch.cat([p[b] for p in parts]).numpy() for b in parts[0]}
 
 
-def _r2(a: np.ndarray, y: np.ndarray, seed: int, strength: float = 1e-6) -> float:
+def _r2(a: Rows, y: np.ndarray, seed: int, strength: float = 1e-6) -> float:
     order = np.random.default_rng(seed).permutation(len(a))
-    kept, held = order[: len(a) // 2], order[len(a) // 2 :]
-    mean, scale = a[kept].mean(axis=0), a[kept].std(axis=0)
-    a = (a - mean) / np.where(scale > 0, scale, 1)
-    centre = y[kept].mean(axis=0)
-    gram = a[kept].T @ a[kept] + strength * len(kept) * np.eye(a.shape[1])
-    guess = centre + a[held] @ np.linalg.solve(gram, a[kept].T @ (y[kept] - centre))
+    kept, held = np.zeros(len(a), bool), order[len(a) // 2 :]
+    kept[order[: len(a) // 2]] = True
+    guesses = ridge(a, y, kept, strength)
+    guess = np.concatenate([guesses(x) for _, x in chunks(a)])[held]
     return float(1 - ((y[held] - guess) ** 2).sum() / ((y[held] - y[held].mean(axis=0)) ** 2).sum())

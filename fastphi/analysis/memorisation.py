@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastphi import data
 from fastphi.analysis.common import Result, new_axes
+from fastphi.analysis.rows import parts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,11 +71,22 @@ def memorisation(samples: Any, training: Any, heldout: Any = None) -> Memorisati
 
 
 def nearest_image(images: Any, training: Any, chunk: int = 2048) -> tuple[np.ndarray, np.ndarray]:
-    """Root mean square pixel distance (n,) to the nearest image of `training`, and its number (n,)."""
+    """Root mean square pixel distance (n,) to the nearest image of `training`, and its number (n,).
+
+    chunk: how many of either are in memory at a time.
+    """
     train, own = data.open_images(training), data.open_images(images)
     if train.shape != own.shape:
         raise ValueError(f"images: {own.shape} pixels, the training images have {train.shape}")
-    x = own.batch(np.arange(len(own))).flatten(1)
+    found = [
+        _nearest_image(own.batch(np.arange(tile.start, tile.stop)).flatten(1), train, chunk)
+        for tile in parts(len(own), 1, chunk)
+    ]
+    distance, index = (np.concatenate(of) for of in zip(*found, strict=True))
+    return distance, index
+
+
+def _nearest_image(x: Tensor, train: data.Images, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     norm = x.square().sum(1, keepdim=True)
     best = torch.full((len(x),), torch.inf)
     index = torch.zeros(len(x), dtype=torch.int64)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastphi.analysis.common import Result, exceeds, finite, labels_of, matrix, new_axes
+from fastphi.analysis.common import Result, exceeds, labels_of, new_axes
 from fastphi.analysis.common import standard_error as se
+from fastphi.analysis.ridge import ridge
+from fastphi.analysis.rows import chunks, matrix, one_hot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,20 +69,14 @@ def probe(
     cut = round(n * test)
     if not 0 < cut < n:
         raise ValueError(f"test: expected a share that leaves images on both sides, got {test}")
-    held, kept = order[:cut], order[cut:]
+    held, kept = order[:cut], np.ones(n, bool)
+    kept[held] = False
+    hot, k = one_hot(named, named.max() + 1), int(named.max()) + 1
     correct = {}
     for name, rows in spaces.items():
-        guess = _ridge(finite(rows, name), named, kept, strength)
-        correct[name] = (guess[held] == named[held]).astype(np.float64)
+        argument = "phi" if name == "φ" else name
+        guesses = ridge(rows, hot, kept, strength, argument)
+        parts = [guesses(x).argmax(axis=1) for _, x in chunks(rows, argument, beside=k)]
+        correct[name] = (np.concatenate(parts)[held] == named[held]).astype(np.float64)
     chance = float(np.bincount(named[held]).max() / len(held))
     return Probe(correct, chance)
-
-
-def _ridge(x: np.ndarray, labels: np.ndarray, kept: np.ndarray, strength: float) -> np.ndarray:
-    """(N,) guessed labels, from least squares to one-hot labels on the rows `kept`."""
-    mean, scale = x[kept].mean(axis=0), x[kept].std(axis=0)
-    x = (x - mean) / np.where(scale > 0, scale, 1)
-    hot = np.eye(labels.max() + 1)[labels[kept]]
-    a = x[kept].T @ x[kept] + strength * len(kept) * np.eye(x.shape[1])
-    weight = np.linalg.solve(a, x[kept].T @ (hot - hot.mean(axis=0)))
-    return (x @ weight + hot.mean(axis=0)).argmax(axis=1)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastphi.analysis.common import Result, gaussian_like, matrix, new_axes
+from fastphi.analysis.common import Result, gaussian_like, new_axes
 from fastphi.analysis.dip import dip, dip_p_value
-from fastphi.analysis.sparsity import participation_ratio
+from fastphi.analysis.rows import chunks, matrix, parts, strongest
 from fastphi.support import validate
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def selectivity(
     phi = matrix(phi)
     ratios = channel_ratios(phi)
     given = {"gaussian": gaussian_like(phi, seed), **(controls or {})}
-    others = {name: channel_ratios(matrix(value, name)) for name, value in given.items()}
+    others = {name: channel_ratios(value, name) for name, value in given.items()}
     return Selectivity(
         ratios,
         *_bimodality(ratios, draws, seed),
@@ -90,9 +90,16 @@ def selectivity(
     )
 
 
-def channel_ratios(phi: Any) -> np.ndarray:
-    """(C,): participation ratio of every channel over the rows of φ (N, C)."""
-    return participation_ratio(np.asarray(phi).T)
+def channel_ratios(phi: Any, name: str = "phi") -> np.ndarray:
+    """(C,): participation ratio of every channel over the rows of φ (N, C), in two passes."""
+    scale = strongest(phi, name)  # so that squares neither overflow nor vanish
+    first, second = np.zeros(len(scale)), np.zeros(len(scale))
+    with np.errstate(invalid="ignore"):
+        for _, x in chunks(phi, name):
+            x = np.abs(x) / scale
+            first += x.sum(axis=0)
+            second += (x**2).sum(axis=0)
+    return first**2 / (len(phi) * second)
 
 
 def faint_channels(phi: Any) -> int:
@@ -102,8 +109,8 @@ def faint_channels(phi: Any) -> int:
 
 def faint(phi: Any) -> np.ndarray:
     """(C,) bool: channels that never reach 1 % of the largest φ (N, C) of all, the dead ones included."""
-    strongest = np.abs(np.asarray(phi)).max(axis=0)
-    return strongest < 0.01 * strongest.max() if strongest.any() else np.ones(len(strongest), bool)
+    most = strongest(phi)
+    return most < 0.01 * most.max() if most.any() else np.ones(len(most), bool)
 
 
 def pictured(phi: Any, quantile: float = 0.25) -> np.ndarray:
@@ -112,7 +119,7 @@ def pictured(phi: Any, quantile: float = 0.25) -> np.ndarray:
     living = np.flatnonzero(~faint(phi))
     if not len(living):
         return living
-    order = living[np.argsort(channel_ratios(np.asarray(phi)[:, living]), kind="stable")]
+    order = living[np.argsort(channel_ratios(phi)[living], kind="stable")]
     return order[: max(round(quantile * len(order)), 1)]
 
 
@@ -121,7 +128,8 @@ def exciting(phi: Any, channel: int, k: int = 8) -> np.ndarray:
     phi = matrix(phi)
     validate.integer(channel, "channel", low=0, high=phi.shape[1] - 1)
     validate.integer(k, "k", low=1, high=len(phi))
-    return np.argsort(-np.asarray(phi[:, channel]), kind="stable")[:k]
+    values = np.concatenate([phi[part][:, channel] for part in parts(*phi.shape)])
+    return np.argsort(-values, kind="stable")[:k]
 
 
 def top_channels(phi: Any, image: int, among: Any, k: int = 4) -> np.ndarray:
@@ -130,8 +138,9 @@ def top_channels(phi: Any, image: int, among: Any, k: int = 4) -> np.ndarray:
     phi = matrix(phi)
     validate.integer(image, "image", low=0, high=len(phi) - 1)
     among = np.asarray(among)
-    mean = np.abs(np.asarray(phi)[:, among]).mean(axis=0)
-    strength = np.asarray(phi)[image, among] / np.where(mean > 0, mean, np.inf)
+    each = (np.abs(phi[part][:, among]).sum(axis=0, dtype=np.float64) for part in parts(*phi.shape))
+    mean = sum(each) / len(phi)
+    strength = phi[[image]][0, among] / np.where(mean > 0, mean, np.inf)
     return among[np.argsort(-strength, kind="stable")[:k]]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastphi.analysis.common import Result, blocks_of, exceeds, new_axes
+from fastphi.analysis.rows import Rows, chunks, parts
 from fastphi.support import plots
 
 if TYPE_CHECKING:
@@ -18,17 +19,15 @@ if TYPE_CHECKING:
     from fastphi.unet import UNet
 
 
-def participation_ratio(means: ArrayLike) -> np.ndarray:
+def participation_ratio(means: Any) -> np.ndarray:
     """PR(ā) = ‖ā‖₁² / (d ‖ā‖₂²) of each row: the fraction of channels that take part, in (0, 1].
 
     means: (N, d), finite. Returns (N,) float64; rows of zeros give NaN.
     """
-    a = np.asarray(means, np.float64)
-    if a.ndim != 2 or 0 in a.shape:
-        raise ValueError(f"means: expected a non-empty array (N, d), got shape {a.shape}")
-    if not np.isfinite(a).all():
-        raise ValueError("means: expected finite values, got NaN or Inf")
-    a = np.abs(a)
+    return np.concatenate([_ratios(np.abs(x)) for _, x in chunks(means, "means")])
+
+
+def _ratios(a: np.ndarray) -> np.ndarray:
     scale = a.max(axis=1, keepdims=True)  # so that squares neither overflow nor vanish
     with np.errstate(invalid="ignore"):
         a = a / scale
@@ -92,15 +91,24 @@ def sparsity(
     controls: name → means of other networks on the same images, e.g. an untrained one.
     """
     blocks = blocks_of(means, sigma)
-    inputs = {} if model is None else block_inputs(model, blocks)
     return Sparsity(
         {b: participation_ratio(a) for b, a in blocks.items()},
-        {b: participation_ratio(a) for b, a in inputs.items()},
+        {} if model is None else _input_ratios(model, blocks),
         {
             name: {b: participation_ratio(a) for b, a in blocks_of(other, sigma).items()}
             for name, other in (controls or {}).items()
         },
     )
+
+
+def _input_ratios(model: UNet, blocks: Mapping[str, Rows]) -> dict[str, np.ndarray]:
+    """{block: (N,)}: PR of each block's input."""
+    n = len(next(iter(blocks.values())))
+    found: dict[str, list[np.ndarray]] = {}
+    for part in parts(n, sum(a.shape[1] for a in blocks.values())):
+        for block, a in block_inputs(model, {b: a[part] for b, a in blocks.items()}).items():
+            found.setdefault(block, []).append(participation_ratio(a))
+    return {block: np.concatenate(ratios) for block, ratios in found.items()}
 
 
 def block_inputs(model: UNet, means: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:

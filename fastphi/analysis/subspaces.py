@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastphi.analysis.common import Result, exceeds, finite, gaussian_like, new_axes
+from fastphi.analysis.common import Result, exceeds, gaussian_like, new_axes
 from fastphi.analysis.neighbours import nearest
+from fastphi.analysis.rows import Rows, matrix, parts, taken
 from fastphi.analysis.sparsity import participation_ratio
 from fastphi.support import validate
 
@@ -59,7 +60,7 @@ class Subspaces(Result):
 
 def subspaces(phi: Any, k: int = 50, *, queries: int = 200, seed: int = 0) -> Subspaces:
     """Local dimension and shared channels round `queries` random images (N, d), k neighbours each."""
-    phi = finite(phi)
+    phi = matrix(phi)
     validate.integer(k, "k", low=2, high=len(phi) - 1)
     rng = np.random.default_rng(seed)
     at = rng.permutation(len(phi))[: min(queries, len(phi))]
@@ -72,45 +73,64 @@ def components(phi: Any, queries: ArrayLike, k: int = 50) -> tuple[np.ndarray, n
 
     queries: two row numbers. Returns the three channel numbers and φ of both sets, (2, k, 3).
     """
-    phi, queries = finite(phi), np.asarray(queries)
+    phi, queries = matrix(phi), np.asarray(queries)
     if queries.shape != (2,):
         raise ValueError(f"queries: expected two row numbers, got shape {queries.shape}")
     index, _ = nearest(phi[queries], phi, k)
-    means = phi[index].mean(axis=1)
+    sets = _around(phi, index)
+    means = sets.mean(axis=1)
     low = means.min(axis=0)
     difference = means[0] - means[1]
     chosen = [int(difference.argmax()), int(difference.argmin())]
     low[chosen] = -np.inf
     channels = np.array([*chosen, int(low.argmax())])  # one for each set, and one that both use
-    return channels, phi[index][:, :, channels]
+    return channels, sets[:, :, channels]
 
 
 _Local = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _local(phi: np.ndarray, at: np.ndarray, k: int, seed: int) -> _Local:
+def _local(phi: Rows, at: np.ndarray, k: int, seed: int) -> _Local:
     index, _ = nearest(phi[at], phi, k, exclude=at)
-    around = phi[index]  # (Q, k, d)
+    random = np.random.default_rng(seed).integers(0, len(phi), index.shape)
+    # a neighbourhood in float64, and what is made of it
+    tiles = parts(len(at), 4 * k * phi.shape[1])
+    found = [_neighbourhoods(phi, at[tile], index[tile], random[tile]) for tile in tiles]
+    dimension, spread, shared, shared_random = (
+        np.concatenate(of) for of in zip(*found, strict=True)
+    )
+    return dimension, spread, shared, shared_random
+
+
+def _neighbourhoods(phi: Rows, at: np.ndarray, index: np.ndarray, random: np.ndarray) -> _Local:
+    """Dimension, spread and overlaps round the rows `at` (Q,), of neighbours `index` (Q, k)."""
+    around = _around(phi, index)
     d = phi.shape[1]
     dimension = participation_ratio(around.mean(axis=1))
     centred = around - around.mean(axis=1, keepdims=True)
-    values = np.linalg.svd(centred, compute_uv=False) ** 2
+    products = centred @ centred.swapaxes(1, 2)  # (Q, k, k), of the covariance's eigenvalues
+    total = np.trace(products, axis1=1, axis2=2)
     with np.errstate(invalid="ignore"):
-        spread = values.sum(axis=1) ** 2 / (values**2).sum(axis=1) / d
-    active = _active(phi)
-    random = np.random.default_rng(seed).integers(0, len(phi), index.shape)
-    return dimension, spread, _overlap(active, at, index), _overlap(active, at, random)
+        spread = total**2 / (products**2).sum(axis=(1, 2)) / d
+    own = _active(taken(phi, at))[:, None]
+    overlap, by_chance = (_overlap(own, _around(phi, of)) for of in (index, random))
+    return dimension, spread, overlap, by_chance
 
 
-def _active(phi: np.ndarray) -> np.ndarray:
-    """(N, d) bool: each image's PR·d strongest channels."""
-    ratio = np.nan_to_num(participation_ratio(phi))
-    count = np.maximum(np.round(ratio * phi.shape[1]), 1)
-    rank = np.argsort(np.argsort(-np.abs(phi), axis=1, kind="stable"), axis=1, kind="stable")
-    return rank < count[:, None]
+def _around(phi: Rows, index: np.ndarray) -> np.ndarray:
+    """(Q, k, d): the rows index (Q, k)."""
+    return taken(phi, index.ravel()).reshape(*index.shape, -1)
 
 
-def _overlap(active: np.ndarray, at: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """(Q,): mean Jaccard overlap of the active channels of image at[q] and of images index[q]."""
-    own, others = active[at][:, None], active[index]
+def _active(rows: np.ndarray) -> np.ndarray:
+    """(..., d) bool: each image's PR·d strongest channels."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    count = np.maximum(np.round(np.nan_to_num(participation_ratio(flat)) * flat.shape[1]), 1)
+    rank = np.argsort(np.argsort(-np.abs(flat), axis=1, kind="stable"), axis=1, kind="stable")
+    return (rank < count[:, None]).reshape(rows.shape)
+
+
+def _overlap(own: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(Q,): mean Jaccard overlap of active channels (Q, 1, d) with those of rows (Q, k, d)."""
+    others = _active(rows)
     return ((own & others).sum(axis=2) / (own | others).sum(axis=2)).mean(axis=1)

@@ -14,6 +14,7 @@ import torch
 import fastphi
 from fastphi import data, targets
 from fastphi.analysis.neighbours import nearest
+from fastphi.analysis.rows import Pixels, Rows
 from fastphi.cli.start import load, say
 from fastphi.support import files, plots, reading, validate
 from fastphi.support.world import World
@@ -46,14 +47,13 @@ def neighbours_command(
             raise ValueError(
                 f"images: the pack has {len(packed)} images, the store {len(phi)} rows"
             )
-        pixels = packed.batch(range(len(packed))).flatten(1).numpy()
-        found["pixels"], found["pixel_cosine"] = _others(pixels, queries, k)
+        found["pixels"], found["pixel_cosine"] = _others(Pixels(packed), queries, k)
         if picture is not None:
             _neighbour_picture(packed, found, picture)
     return found
 
 
-def _others(rows: np.ndarray, queries: tuple[int, ...], k: int) -> tuple[list, list]:
+def _others(rows: Rows, queries: tuple[int, ...], k: int) -> tuple[list, list]:
     """nearest() without the query itself."""
     index, cosine = nearest(rows[list(queries)], rows, min(k + 1, len(rows)))
     kept = [

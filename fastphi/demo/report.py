@@ -12,6 +12,7 @@ from torch import Tensor
 from fastphi import noise
 from fastphi.analysis.likeness import likeness
 from fastphi.analysis.neighbours import distinct, nearest
+from fastphi.analysis.rows import Pixels, Rows
 from fastphi.analysis.selectivity import exciting, selectivity
 from fastphi.analysis.sparsity import participation_ratio
 from fastphi.support import plots, reading
@@ -64,13 +65,13 @@ def _denoised(report: Report, model: Any, images: Any) -> None:
 
 def _neighbours(report: Report, images: Any, phi: np.ndarray) -> None:
     queries = distinct(phi, 5)
-    pixels = images.batch(np.arange(len(images))).reshape(len(images), -1).numpy()
     text = (
         "First column: the query. Left: its nearest in φ (cosine). Right: its nearest in pixels. "
         "φ is expected to keep texture and colour, pixels the arrangement of light and dark."
     )
     with report.figure("Nearest neighbours", text, columns=2, size=(9, 4.2)) as axes:
-        for ax, rows, title in zip(axes, (phi, pixels), ("in φ", "in pixels"), strict=True):
+        spaces: dict[str, Rows] = {"in φ": phi, "in pixels": Pixels(images)}
+        for ax, (title, rows) in zip(axes, spaces.items(), strict=True):
             index, _ = nearest(rows[queries], rows, k=6)
             plots.images(ax, [images.batch(row) for row in index])
             ax.set_title(title)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastphi import __version__, checkpoint, data, targets
 from fastphi.analysis.common import Result, principal, untrained
 from fastphi.analysis.neighbours import distinct
+from fastphi.analysis.rows import Pixels, Rows
 from fastphi.phi import PhiStore, extract
 from fastphi.sampling import Reconstruction, reconstruct
 from fastphi.support import files, reading
@@ -158,11 +159,11 @@ class Material:
         return self._extract(name, model, self.few, **options)
 
     @cached_property
-    def pixels(self) -> np.ndarray:
-        return self.images.batch(self.rows).flatten(1).numpy()
+    def pixels(self) -> Pixels:
+        return Pixels(self.images, self.rows)
 
     @cached_property
-    def controls(self) -> dict[str, np.ndarray]:
+    def controls(self) -> dict[str, Rows]:
         return {
             "pixels": self.pixels,
             "pixels' PCA": principal(self.pixels, self.phi.shape[1]),

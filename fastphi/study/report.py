@@ -13,6 +13,7 @@ import numpy as np
 from fastphi import __version__
 from fastphi.analysis.channels import STATISTICS
 from fastphi.analysis.neighbours import nearest
+from fastphi.analysis.rows import Rows
 from fastphi.analysis.selectivity import exciting, pictured, top_channels
 from fastphi.analysis.subspaces import components
 from fastphi.study.claims import judge
@@ -97,9 +98,9 @@ def _selectivity(report: Report, heading: str, study: Material, result: Any, tex
     about = "First column: an image. Beside it, for each of its four strongest specialised channels, the "
     about += "three images that excite the channel most (Fig. 4)."
     with report.figure("An image by its channels", about, size=(9, 3.2)) as (ax,):
-        rows = []
+        rows, among = [], pictured(study.phi)
         for row in study.target_rows[:4]:
-            strongest = top_channels(study.phi, int(row), pictured(study.phi), 4)
+            strongest = top_channels(study.phi, int(row), among, 4)
             shown = [exciting(study.phi, int(c), 3) for c in strongest]
             rows.append(study.images.batch(study.rows[np.concatenate([[row], *shown])]))
         plots.images(ax, rows)
@@ -134,8 +135,8 @@ def _neighbour_pictures(
         "First column: the query. Left: its nearest in φ (cosine). Right: its nearest in pixels."
     )
     with report.figure("Nearest neighbours (Fig. 14)", about, columns=2, size=(10, 4.6)) as axes:
-        spaces = ((study.phi, "in φ"), (study.pixels, "in pixels"))
-        for ax, (rows, title) in zip(axes, spaces, strict=True):
+        spaces: dict[str, Rows] = {"in φ": study.phi, "in pixels": study.pixels}
+        for ax, (title, rows) in zip(axes, spaces.items(), strict=True):
             index, _ = nearest(rows[queries], rows, k=7)
             plots.images(ax, [study.images.batch(study.rows[row]) for row in index])
             ax.set_title(title)

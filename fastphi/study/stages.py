@@ -20,6 +20,7 @@ from fastphi.analysis.memorisation import Memorisation, memorisation
 from fastphi.analysis.neighbours import LabelAgreement, distinct, label_agreement
 from fastphi.analysis.noise_level import NoiseLevel, noise_level
 from fastphi.analysis.probe import Probe, probe
+from fastphi.analysis.rows import Rows
 from fastphi.analysis.selectivity import Selectivity, selectivity
 from fastphi.analysis.sparsity import Sparsity, sparsity
 from fastphi.analysis.stability import Stability, stability
@@ -169,7 +170,7 @@ def _probe(s: Material) -> Result | None:
     return None if s.labels is None else probe(s.phi, s.labels, controls=_small(s))
 
 
-def _small(s: Material) -> dict[str, np.ndarray]:
+def _small(s: Material) -> dict[str, Rows]:
     """Controls of as many numbers per image as φ has."""
     return {name: rows for name, rows in s.controls.items() if name != "pixels"}
 

@@ -1,4 +1,4 @@
-"""A φ store that does not fit in memory: neighbours and K-means in a process that may not hold it."""
+"""A φ store that does not fit in memory: analyses in a process that may not hold it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,54 @@ from fastphi.analysis.kmeans import mini_batch_kmeans
 from fastphi.phi.store import FORMAT, VERSION, Writer
 
 N, WIDTH, GROUPS = 300_000, 64, 6  # 77 MB of float32
-_SCRIPT = """
+_LIMITED = """
 import resource, sys
 import numpy as np
-import sklearn.cluster, sklearn.metrics
+import scipy.sparse, scipy.stats, sklearn.cluster, sklearn.decomposition, sklearn.metrics
 from fastphi import PhiStore
-from fastphi.analysis.clusters import kmeans, purity
-from fastphi.analysis.neighbours import distinct, nearest
+from fastphi.analysis import rows as gone_over
+from fastphi.analysis.channels import channels
+from fastphi.analysis.clusters import kmeans, purity, separations
+from fastphi.analysis.common import gaussian_like, principal
+from fastphi.analysis.neighbours import distinct, label_agreement, nearest
+from fastphi.analysis.probe import probe
+from fastphi.analysis.selectivity import exciting, pictured, selectivity
+from fastphi.analysis.sparsity import sparsity
+from fastphi.analysis.stability import stability
+from fastphi.analysis.subspaces import subspaces
 
-rows = PhiStore(sys.argv[1]).array(0.5)
+rows, labels = PhiStore(sys.argv[1]).array(0.5), np.arange(300_000) % 6
 kmeans(np.random.default_rng(0).random((50, 4)), 2, starts=1)  # loads what K-means loads
 used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData")) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (used + 45_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (used + 55_000_000,) * 2)
 try:
     np.array(rows)
     sys.exit("the store fits: the limit proves nothing")
 except MemoryError:
     pass
+"""
+_NEIGHBOURS = """
 queries = np.array([5, 150_000, 299_999])
 index, cosine = nearest(rows[queries], rows, k=10, chunk=8192, exclude=queries)
 assert (index % 6 == queries[:, None] % 6).all() and (cosine > 0.9).all()
 found = kmeans(rows, 6, starts=2)
 assert purity(found.labels, np.arange(len(rows)) % 6) > 0.999, found.inertia
 assert len(set(distinct(rows, 6) % 6)) == 6
+print("done")
+"""
+_OTHERS = """
+gone_over._HELD = 10**6  # a Gaussian of more values goes to a file
+assert np.isfinite(sparsity(rows).outputs["mid"]).all()
+assert (stability({s: {"mid": rows} for s in (0.1, 0.5)}).same["mid"] > 0.999).all()
+assert isinstance(gaussian_like(rows), np.memmap)
+found = selectivity(rows, draws=20)
+assert len(found.ratios) == 64 and len(pictured(rows)) == 16 and len(exciting(rows, 3)) == 8
+assert np.allclose(channels(rows, others={0.1: rows}).noise, 1)
+assert (subspaces(rows, 20, queries=50).shared > 0).all()
+assert probe(rows, labels).accuracy["φ"] > 0.999
+assert label_agreement(rows, labels, queries=100).shares["φ"].mean() > 0.999
+assert np.nanmin(separations(rows, labels)) > 20
+assert principal(rows, 4).shape == (300_000, 4)
 print("done")
 """
 
@@ -58,11 +83,12 @@ def store(tmp_path) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's memory limits")
-def test_neighbours_and_clusters_of_a_store_larger_than_memory(store):
+@pytest.mark.parametrize("script", [_NEIGHBOURS, _OTHERS], ids=["neighbours, clusters", "others"])
+def test_a_store_larger_than_memory(store, script):
     source = str(Path(fastphi.__file__).parents[1])
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     run = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(store)],
+        [sys.executable, "-c", _LIMITED + script, str(store)],
         env=os.environ | threads | {"PYTHONPATH": source},
         capture_output=True,
         text=True,

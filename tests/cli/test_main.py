@@ -56,7 +56,12 @@ def test_shards_make_the_same_store(work, tmp_path, capsys):
     assert all(torch.equal(found.phi(s), want.phi(s)) for s in want.sigmas)
 
 
-def test_neighbours(work, capsys):
+def test_neighbours(work, capsys, monkeypatch):
+    asked, read = [], fastphi.PackedImages._read
+    monkeypatch.setattr("fastphi.analysis.rows._VALUES", 7 * 16 * 16 * 3)
+    monkeypatch.setattr(
+        fastphi.PackedImages, "_read", lambda *of: asked.append(len(of[1])) or read(*of)
+    )
     words = ["--images", str(work / "pack"), "--picture", str(work / "near.png"), "--k", "3"]
     main(["neighbours", str(work / "phi"), "0", "5", *words])
     found = json.loads(capsys.readouterr().out)
@@ -64,6 +69,11 @@ def test_neighbours(work, capsys):
     cosine = torch.nn.functional.cosine_similarity(phi[5], phi)
     cosine[5] = -2
     assert found["phi"][1] == cosine.argsort(descending=True)[:3].tolist()
+    pixels = fastphi.PackedImages(work / "pack").batch(range(40)).flatten(1).double()
+    cosine = torch.nn.functional.cosine_similarity(pixels[5], pixels)
+    cosine[5] = -2
+    assert found["pixels"][1] == cosine.argsort(descending=True)[:3].tolist()
+    assert max(asked[:-1]) == 7  # never all at once, but for the line above
     assert (work / "near.png").read_bytes()[:4] == b"\x89PNG"
 
 
