@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from fastphi.analysis.common import Result, exceeds, labels_of, new_axes, standard_error
 from fastphi.analysis.rows import Pixels, matrix, parts, some
+from fastphi.support.world import World
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ def nearest(
     *,
     chunk: int | None = None,
     exclude: ArrayLike | None = None,
+    ranks: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k rows with the largest cosine to each query, exactly; rows may be a memory map.
 
@@ -33,7 +35,8 @@ def nearest(
     exclude: (Q,) a row number per query that is left out, its own for instance. Returns indices
     (Q, k) int64 and cosines (Q, k) float64, the nearest first; equal cosines in order of index. A
     query that is itself among the rows finds itself. Rows of zeros have no direction: their cosine
-    is NaN and they come last.
+    is NaN and they come last. ranks: whether the processes that torchrun or srun started look through
+    some of the chunks each; all return the same.
     """
     q = np.asarray(queries)
     r = rows if isinstance(rows, Pixels) else np.asanyarray(rows)
@@ -45,7 +48,9 @@ def nearest(
     left_out = None if exclude is None else np.asarray(exclude).reshape(len(q), 1)
     q, lost = _directions(q)
     best_i, best_c = np.zeros((len(q), k), np.int64), np.full((len(q), k), -np.inf)
-    for part in parts(len(r), r.shape[1], chunk):
+    world = World.here() if ranks else World()
+    chunks = [*parts(len(r), r.shape[1], chunk)]
+    for part in chunks[world.cut(len(chunks))]:
         unit, aimless = _directions(r[part])
         index = np.arange(part.start, part.stop)
         for tile in parts(len(q), 4 * len(index)):  # cosines, a copy of some, and its parting
@@ -55,7 +60,18 @@ def nearest(
                 cosine[left_out[tile] == index] = -np.inf
             near = best_i[tile], best_c[tile]
             _take_nearer(*near, cosine, part.start)
+        world.check()
+    best_i, best_c = _nearest_of(world.gather((best_i, best_c)), k)
     return best_i, np.where(best_c == _NO_DIRECTION, np.nan, best_c)
+
+
+def _nearest_of(
+    found: list[tuple[np.ndarray, np.ndarray]], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best (Q, k) of what was found, index and cosine, among some rows and among later ones."""
+    index, values = (np.hstack(each) for each in zip(*found, strict=True))
+    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(index, order, axis=1), np.take_along_axis(values, order, axis=1)
 
 
 def _take_nearer(best_i: np.ndarray, best_c: np.ndarray, cosine: np.ndarray, start: int) -> None:
@@ -63,10 +79,8 @@ def _take_nearer(best_i: np.ndarray, best_c: np.ndarray, cosine: np.ndarray, sta
     k = best_c.shape[1]
     gains = np.flatnonzero(cosine.max(axis=1) > best_c[:, -1])
     near_i, near_c = _top(cosine[gains], min(k, cosine.shape[1]))
-    index, values = np.hstack([best_i[gains], start + near_i]), np.hstack([best_c[gains], near_c])
-    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
-    best_i[gains] = np.take_along_axis(index, order, axis=1)
-    best_c[gains] = np.take_along_axis(values, order, axis=1)
+    before = best_i[gains], best_c[gains]
+    best_i[gains], best_c[gains] = _nearest_of([before, (start + near_i, near_c)], k)
 
 
 def _top(values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

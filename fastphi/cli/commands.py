@@ -55,7 +55,7 @@ def neighbours_command(
 
 def _others(rows: Rows, queries: tuple[int, ...], k: int) -> tuple[list, list]:
     """nearest() without the query itself."""
-    index, cosine = nearest(rows[list(queries)], rows, min(k + 1, len(rows)))
+    index, cosine = nearest(rows[list(queries)], rows, min(k + 1, len(rows)), ranks=True)
     kept = [
         [(i, c) for i, c in zip(row, values, strict=True) if i != query][:k]
         for query, row, values in zip(queries, index.tolist(), cosine.tolist(), strict=True)
@@ -208,6 +208,8 @@ def _suffix(picture: str | os.PathLike[str]) -> str:
 
 
 def _save_grid(picture: str | os.PathLike[str], rows: list[Any], labels: list[str]) -> None:
+    if World.here().rank:
+        return
     from matplotlib.figure import Figure
 
     columns = max(len(row) for row in rows)

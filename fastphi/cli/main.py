@@ -190,7 +190,8 @@ def neighbours(
     from fastphi.cli.commands import neighbours_command
 
     found = neighbours_command(store, queries, sigma, k, block, images, picture)
-    _put(json.dumps(found, indent=2), out)
+    if World.here().rank == 0:
+        _put(json.dumps(found, indent=2), out)
 
 
 def analyze(

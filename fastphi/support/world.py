@@ -134,6 +134,10 @@ class World:
         """The first rank's make(), on every rank; its exception, too."""
         return make() if self.size == 1 else self.link().first(make)
 
+    def cut(self, n: int) -> slice:
+        """This rank's of `size` equal runs of n things."""
+        return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
     def deal(self, n: int) -> Iterator[int]:
         """The numbers 0 ... n − 1, each to the rank that asks for it next."""
         if self.size == 1:

@@ -14,8 +14,10 @@ import torch
 
 import fastphi
 from fastphi import checkpoint, targets
+from fastphi.analysis.neighbours import nearest
 from fastphi.data import MemoryImages
 from fastphi.study import Settings, Study, material
+from fastphi.support.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 ROOT = Path(fastphi.__file__).parents[1]
@@ -58,6 +60,9 @@ def work(folder: Path, ranks: bool) -> None:
     model, x = checkpoint.load(folder / "model.safetensors"), images()
     out = folder / ("ranks" if ranks else "one")
     fastphi.extract(model, x, out / "phi", sigmas=[0.2, 0.5], draws=2, batch=7, ranks=ranks)
+    rows = fastphi.PhiStore(out / "phi").array(0.5)
+    index, cosine = nearest(rows[:9], rows, 5, chunk=11, ranks=ranks)
+    np.savez(out / f"near{World.here().rank}.npz", index=index, cosine=cosine)
     made = targets.from_images(model, x.batch([1, 2, 3]), copies=2, draws=1)
     options = {"max_iter": 2, "sigmas": (0.8, 0.1, 4), "ranks": ranks}
     got = fastphi.reconstruct(model, made, save=out / "made.npz", **options)
@@ -86,6 +91,8 @@ def test_two_ranks_give_the_bits_of_one_process(make_model, tmp_path):
     assert done.returncode == 0, done.stderr
     torch.set_num_threads(1)
     work(tmp_path, False)
+    assert same(tmp_path / "ranks" / "near0.npz", tmp_path / "ranks" / "near1.npz")
+    (tmp_path / "ranks" / "near1.npz").unlink()
     one, two = (sorted(files(tmp_path / name)) for name in ("one", "ranks"))
     assert one == two and any("stability" in name for name in one)
     for name in one:
