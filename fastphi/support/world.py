@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from fastphi import __version__
@@ -87,11 +88,12 @@ class World:
         host = first_host(e.get("SLURM_STEP_NODELIST", "localhost"))
         return e.get("MASTER_ADDR", host), int(e.get("MASTER_PORT", port))
 
-    def link(self) -> _Link:
-        """To the other ranks, made at the first call; it stays for as long as the process."""
+    def link(self, patience: float = 600) -> _Link:
+        """To the other ranks, made at the first call; it stays for as long as the process. Gone where the
+        first rank has not come in so many seconds."""
         global _link
         if _link is None:
-            _link = _Link(self)
+            _link = _Link(self, patience)
         return _link
 
     @contextlib.contextmanager
@@ -104,7 +106,7 @@ class World:
         if self.size == 1:
             yield self
             return
-        with self.link().job(patience):
+        with self.link(patience).job(patience):
             yield self
 
     def check(self) -> None:
@@ -197,7 +199,7 @@ _link: _Link | None = None
 class _Link:
     """One rank's end of the store in which all of them meet."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, patience: float) -> None:
         from torch import distributed as dist
 
         self.world, self.depth, self.jobs, self.calls = world, 0, 0, 0
@@ -207,7 +209,12 @@ class _Link:
         else:
             host, port = world.address
             where = f"tcp://{host}:{port}?rank={world.rank}&world_size={world.size}"
-            store, _, _ = next(dist.rendezvous(where))
+            try:
+                store, _, _ = next(dist.rendezvous(where, timeout=timedelta(seconds=patience)))
+            except RuntimeError as error:
+                late = "rank 0" if world.rank else "another rank"
+                late += f" has not come to {host}, port {port}, in {patience:g} seconds"
+                raise Gone(late, True) from error
         self.group_store, self.store = store, dist.PrefixStore("fastphi", store)
 
     @contextlib.contextmanager

@@ -109,8 +109,10 @@ except Exception as error:
 """
 
 
-def ranks(body: str, size: int, port: int) -> list[subprocess.Popen]:
-    code = RANK.replace("BODY", body.replace("\n", "\n        "))
+def ranks(
+    body: str, size: int, port: int, only: int | None = None, code: str = RANK
+) -> list[subprocess.Popen]:
+    code = code.replace("BODY", body.replace("\n", "\n        "))
     common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     common |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": os.pathsep.join(sys.path)}
     return [
@@ -120,7 +122,7 @@ def ranks(body: str, size: int, port: int) -> list[subprocess.Popen]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in range(size)
+        for rank in (range(size) if only is None else [only])
     ]
 
 
@@ -198,6 +200,16 @@ world.gather(None)
     else:
         process = next(line.split()[-1] for line in lines if line.startswith(f"{victim} process"))
         assert f"rank {victim} (" in waits and f"process {process}) is gone" in waits
+
+
+@pytest.mark.parametrize(("rank", "late"), [(0, "another rank"), (1, "rank 0")])
+def test_a_rank_that_never_comes_is_not_waited_for(port, rank, late):
+    code = RANK.replace("world.job()", "world.job(patience=5)")
+    codes, lines = ends(ranks("world.gather(None)", 2, port, only=rank, code=code))
+    assert codes == [RESUMABLE]
+    assert lines == [
+        f"{rank} Gone says {late} has not come to localhost, port {port}, in 5 seconds"
+    ]
 
 
 def test_a_stopped_job_goes_on(port):
