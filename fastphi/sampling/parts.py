@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastphi.sampling.plan import Plan
 from fastphi.sampling.record import earlier_run
-from fastphi.sampling.result import TABLES, Reconstruction
+from fastphi.sampling.result import TABLES, Reconstruction, frames_file
 
 Source = tuple[range, Path, Reconstruction]
 
@@ -109,6 +109,7 @@ def _rewrite(
     for _, old, _ in sources:
         if old != path and old not in kept:
             old.unlink()
+            frames_file(old).unlink(missing_ok=True)
 
 
 def slice_of(run: Reconstruction, rows: slice, settings: dict[str, Any]) -> Reconstruction:
@@ -137,6 +138,7 @@ def join(path: Path, settings: dict[str, Any]) -> None:
         assert run is not None and run.finished
         runs.append(run)
     joined(runs, settings).save(path)
+    frames_file(path).unlink(missing_ok=True)  # of one process that began
     shutil.rmtree(folder(path))
 
 

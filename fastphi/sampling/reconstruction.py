@@ -68,8 +68,8 @@ def reconstruct(
     callback: called with a StepInfo after each step, gradients off. progress: show a bar.
     store_progress: keep the images after each step (True) or after every k-th (k) in `.progress`.
     save: an .npz with the state, rewritten every `save_every` steps and when interrupted, and with
-        the result in the end. The same call goes on from it, to the same bits, unless `resume` is
-        False.
+        the result in the end; images of `store_progress` are appended to a file beside it meanwhile.
+        The same call goes on from it, to the same bits, unless `resume` is False.
     ranks: whether the processes that torchrun or srun started, each with the model on a device of its
         own, make some of the images each, to the same bits, and bring them together in `save`; all
         return when they are there. As many as there are go on from what any number have left.

@@ -17,7 +17,14 @@ from fastphi import engine
 from fastphi.engine import ops
 from fastphi.sampling.guidance import MatchResult
 from fastphi.sampling.plan import Plan
-from fastphi.sampling.result import TABLES, Reconstruction, read
+from fastphi.sampling.result import (
+    TABLES,
+    Reconstruction,
+    frames,
+    frames_file,
+    read,
+    to_numpy,
+)
 from fastphi.support import files, validate
 from fastphi.support.transfer import to_device, to_host
 from fastphi.targets.kinds import Targets
@@ -74,8 +81,10 @@ class Record:
         self.path, self.device, self.settings = path, device, settings
         self.samples, self.every = torch.from_numpy(samples), every
         self.rows: dict[str, list[Tensor]] = {name: [] for name in TABLES}
-        self.kept: list[Tensor] = []
+        self.kept: list[Tensor] = []  # where no file takes them
         self._stored_step = -1
+        stored = path is not None and not files.is_stream(path)
+        self._frames = frames_file(path) if stored and self.every and path is not None else None
 
     def add(self, info: StepInfo, after: State) -> None:
         """The rows stay where the images are: what is on a GPU comes to the host when it is stored."""
@@ -94,7 +103,15 @@ class Record:
             row[rows] = value
             self.rows[name].append(row)
         if self.every and after.step % self.every == 0:
-            self.kept.append(after.x.detach().cpu())
+            self._keep(after.x)
+
+    def _keep(self, x: Tensor) -> None:
+        """On the disk, behind those before: a state that is stored every few steps does not hold them."""
+        if self._frames is None:
+            self.kept.append(x.detach().cpu())
+            return
+        with open(self._frames, "ab") as f:
+            f.write(to_numpy(x).data)
 
     def result(self, state: State, finished: bool) -> Reconstruction:
         """The run up to `state`."""
@@ -103,14 +120,19 @@ class Record:
             away = [row for row in rows if row.is_cuda]  # the last ones
             if away:
                 self.rows[name] = rows[: -len(away)] + list(to_host(torch.stack(away)).unbind())
-        kept = self.kept[: state.step // self.every] if self.every else []
+        count = state.step // self.every if self.every else 0
+        kept = None
+        if count and self._frames is None:
+            kept = torch.stack(self.kept[:count])
+        elif count and self._frames is not None and finished:
+            kept = frames(self._frames, count, to_numpy(state.x)).to(state.x.dtype)
         return Reconstruction(
             images=state.x,
             samples=self.samples,
             sigma_hat=torch.from_numpy(state.sigma),
             settings=self.settings,
             finished=finished,
-            progress=torch.stack(kept) if kept else None,
+            progress=kept,
             **{name: _stack(self.rows[name][: state.step], name, self.samples) for name in TABLES},
         )
 
@@ -118,6 +140,10 @@ class Record:
         if self.path is None or files.is_stream(self.path):  # which takes the end result alone
             return
         if state.step != self._stored_step:
+            if self._frames is not None:
+                self._frames.touch()
+                with open(self._frames, "rb") as f:  # before the state that counts them
+                    os.fsync(f.fileno())
             self.result(state, finished=False).save(self.path)
             self._stored_step = state.step
 
@@ -130,12 +156,19 @@ class Record:
         result = self.result(state, finished=True)
         if self.path is not None:
             result.save(self.path)
+        if self._frames is not None:
+            self._frames.unlink()
         return result
 
     def restore(self, earlier: Reconstruction) -> State:
         for name in TABLES:
             self.rows[name] = list(getattr(earlier, name))
-        self.kept = [] if earlier.progress is None else list(earlier.progress)
+        kept = [] if earlier.progress is None else list(earlier.progress)
+        if self._frames is None or earlier.finished:
+            self.kept, self._frames = kept, None
+        else:  # without those of steps that the state had not come to
+            with files.atomic_write(self._frames) as temporary, open(temporary, "wb") as f:
+                f.writelines(to_numpy(x).data for x in kept)
         self._stored_step = len(earlier.sigma)
         return State(len(earlier.sigma), earlier.images.to(self.device), earlier.sigma_hat.numpy())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,7 +91,7 @@ class Reconstruction:
         arrays = {name: getattr(self, name) for name in (*TABLES, "samples", "sigma_hat", "images")}
         if self.progress is not None:
             arrays["progress"] = self.progress
-        plain: dict[str, Any] = {name: _to_numpy(value) for name, value in arrays.items()}
+        plain: dict[str, Any] = {name: to_numpy(value) for name, value in arrays.items()}
         plain["header"] = np.array(json.dumps(header))
         with files.atomic_write(path) as temporary, open(temporary, "wb") as f:
             np.savez(f, **plain)
@@ -107,7 +108,25 @@ def read(path: str | os.PathLike[str], name: str) -> Reconstruction:
     archive = reading.Archive(path, name, expected)
     with reading.whole(path, expected, name):
         header, arrays = _parts(archive.arrays())
+        count = len(arrays["sigma"]) // (header["settings"].get("store_progress") or 1 << 62)
+        if count and not header["finished"] and "progress" not in arrays:
+            images = arrays["images"]
+            stored = frames(frames_file(Path(path)), count, to_numpy(images))
+            arrays["progress"] = stored.to(images.dtype)
         return Reconstruction(settings=header["settings"], finished=header["finished"], **arrays)
+
+
+def frames_file(path: Path) -> Path:
+    """Of the images after every k-th step of a run that is not finished, beside its state."""
+    return path.with_name(f".{path.name}.progress")
+
+
+def frames(path: Path, count: int, like: np.ndarray) -> Tensor:
+    """The first `count` of them, each as `like` (N, C, H, W). ValueError where some are missing."""
+    if not path.exists() or path.stat().st_size < count * like.nbytes:
+        raise ValueError(f"{path.name} beside it lacks images of {count} steps")
+    values = np.fromfile(path, like.dtype, count * like.size)
+    return torch.from_numpy(values.reshape(count, *like.shape))
 
 
 _FIELDS: dict[str, validate.Check] = {
@@ -148,7 +167,7 @@ def _parts(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Ten
     return header, tensors | {name: tensors[name].to(dtype) for name in pictures}
 
 
-def _to_numpy(x: Tensor) -> np.ndarray:
+def to_numpy(x: Tensor) -> np.ndarray:
     """numpy has no bfloat16; float32 holds its values exactly."""
-    x = x.detach().cpu()
+    x = x.detach().cpu().contiguous()
     return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()

@@ -526,3 +526,39 @@ def test_bad_arguments_are_named(changes: dict, message: str) -> None:
 def test_sample_wants_a_number_of_images(n) -> None:
     with pytest.raises((ValueError, TypeError), match="n: expected"):
         sample(tiny(), n, size=16)
+
+
+# --- progress is appended -------------------------------------------------------------------------
+
+
+def test_images_on_the_way_are_appended_to_a_file(tmp_path: Path) -> None:
+    """A state that is stored every few steps holds none of them; the result holds all."""
+    made, path = targets.from_images(tiny(), images(3), 1), tmp_path / "x.npz"
+    options = SCHEDULE | {"store_progress": 1, "save_every": 1}
+    sizes, beside = [], tmp_path / ".x.npz.progress"
+
+    def look(info) -> None:
+        sizes.append((path.stat().st_size, beside.stat().st_size))
+
+    got = reconstruct(tiny(), made, save=path, callback=look, **options)
+    assert same(got, reconstruct(tiny(), made, **options)) and same(Reconstruction.load(path), got)
+    states, frames = zip(*sizes, strict=True)
+    one = images(3).nbytes
+    assert frames == tuple(one * (k + 1) for k in range(len(frames)))
+    assert max(states) - min(states) < one and not beside.exists()
+
+
+def test_images_on_the_way_that_are_lost_are_named(tmp_path: Path) -> None:
+    made, path = targets.from_images(tiny(), images(3), 1), tmp_path / "x.npz"
+    options = SCHEDULE | {"store_progress": 2}
+
+    def stop(info) -> None:
+        if info.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(tiny(), made, save=path, callback=stop, **options)
+    assert len(Reconstruction.load(path).progress) == 2
+    (tmp_path / ".x.npz.progress").write_bytes(b"")
+    with pytest.raises(ValueError, match="save: .*progress beside it lacks images of 2 steps"):
+        reconstruct(tiny(), made, save=path, **options)
