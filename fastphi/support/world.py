@@ -362,7 +362,9 @@ class _Watch(threading.Thread):
     def lost(self) -> None:
         """The store is, in which all would be told."""
         if not self.failed.is_set():
-            self.text, self.mine = "rank 0, or the launcher, which kept the store, is gone", True
+            torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            keeper = "torchrun" if torchruns else f"rank 0 (on {self.world.address[0]})"
+            self.text, self.mine = f"{keeper}, which kept the store, is gone", True
             self.failed.set()
 
     def run(self) -> None:

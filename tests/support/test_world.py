@@ -196,7 +196,7 @@ world.gather(None)
     assert codes == [-9 if rank == victim else RESUMABLE for rank in range(3)]
     waits = next(line for line in lines if line.startswith(f"{(victim + 2) % 3} Gone"))
     if victim == 0:  # which kept the store
-        assert "rank 0, or the launcher, which kept the store, is gone" in waits
+        assert "rank 0 (on localhost), which kept the store, is gone" in waits
     else:
         process = next(line.split()[-1] for line in lines if line.startswith(f"{victim} process"))
         assert f"rank {victim} (" in waits and f"process {process}) is gone" in waits
