@@ -111,7 +111,7 @@ def trial(name: str, pack: Path, kills: int, folder: Path) -> dict:
         while not ended:
             ranks = 2 if name == "train" else random.choice([1, 2, 2, 4])
             enough = sum(r["killed"] is not None for r in rounds) >= kills
-            moment = None if enough else random.uniform(8, 40)
+            moment = None if enough else random.uniform(6, 24)
             rounds.append(one_round(command(out), ranks, moment, random.random() < 0.3))
             print(name, rounds[-1], flush=True)
             ended = not any(rounds[-1]["codes"])

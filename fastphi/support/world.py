@@ -177,6 +177,11 @@ def _of_srun() -> bool:
     return needed <= os.environ.keys() and int(os.environ["SLURM_STEP_NUM_TASKS"]) > 1
 
 
+def _torchruns() -> bool:
+    """Whether torchrun keeps the store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _tasks_per_node(text: str) -> list[int]:
     """ "2(x3),1" -> [2, 2, 2, 1]."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
@@ -204,18 +209,35 @@ class _Link:
 
         self.world, self.depth, self.jobs, self.calls = world, 0, 0, 0
         self.watch: _Watch | None = None
+        self.keeps = False  # the store, which goes with this process
         if (group := _initialised()) is not None:
             store = group.distributed_c10d._get_default_store()
+        elif _torchruns():
+            store, _, _ = next(dist.rendezvous("env://"))
         else:
-            host, port = world.address
-            where = f"tcp://{host}:{port}?rank={world.rank}&world_size={world.size}"
-            try:
-                store, _, _ = next(dist.rendezvous(where, timeout=timedelta(seconds=patience)))
-            except RuntimeError as error:
-                late = "rank 0" if world.rank else "another rank"
-                late += f" has not come to {host}, port {port}, in {patience:g} seconds"
-                raise Gone(late, True) from error
+            self.keeps = world.rank == 0
+            store = self._open(*world.address, patience)
         self.group_store, self.store = store, dist.PrefixStore("fastphi", store)
+
+    def _open(self, host: str, port: int, patience: float) -> Any:
+        from torch import distributed as dist
+
+        try:
+            return dist.TCPStore(
+                host,
+                port,
+                self.world.size,
+                self.keeps,
+                timeout=timedelta(seconds=patience),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except RuntimeError as error:
+            if not self.keeps:
+                late = f"rank 0 has not come to {host}, port {port}, in {patience:g} seconds"
+                raise Gone(late, True) from error
+            reason = str(error).split("\n", 1)[0]
+            raise ValueError(f"MASTER_PORT: {port} cannot be opened ({reason})") from None
 
     @contextlib.contextmanager
     def job(self, patience: float) -> Iterator[None]:
@@ -336,7 +358,7 @@ class _Watch(threading.Thread):
         super().__init__(name="fastphi-watches-ranks", daemon=True)
         from torch import distributed as dist
 
-        self.world, self.patience = link.world, patience
+        self.world, self.keeps, self.patience = link.world, link.keeps, patience
         # of its own: another thread's wait would hold the connection
         self.store = dist.PrefixStore(f"fastphi/{link.jobs}", link.group_store.clone())
         self.failed, self.heeded, self.left = (threading.Event() for _ in range(3))
@@ -346,9 +368,16 @@ class _Watch(threading.Thread):
         self.store.set(f"beat/{self.world.rank}", "0")
 
     def leave(self) -> None:
-        """The job has ended, whichever way."""
+        """The job has ended, whichever way. Who keeps the store stays until the others have read it."""
         self.left.set()
         self.join(_GRACE)
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"beat/{self.world.rank}", "left")
+            until = time.monotonic() + _GRACE
+            others = [f"beat/{rank}" for rank in range(1, self.world.size)]
+            while self.keeps and others and time.monotonic() < until:
+                others = [b for b in others if not (self.store.check([b]) and self._left(b))]
+                time.sleep(0.02)
 
     def tell(self, text: str) -> None:
         """Unless another rank has told something before: everyone ends for the same reason."""
@@ -362,8 +391,7 @@ class _Watch(threading.Thread):
     def lost(self) -> None:
         """The store is, in which all would be told."""
         if not self.failed.is_set():
-            torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            keeper = "torchrun" if torchruns else f"rank 0 (on {self.world.address[0]})"
+            keeper = "torchrun" if _torchruns() else f"rank 0 (on {self.world.address[0]})"
             self.text, self.mine = f"{keeper}, which kept the store, is gone", True
             self.failed.set()
 
@@ -380,8 +408,9 @@ class _Watch(threading.Thread):
                 self.lost()
             if self.failed.is_set():
                 return self._end()
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"beat/{self.world.rank}", "left")
+
+    def _left(self, beat: str) -> bool:
+        return self.store.get(beat) == b"left"
 
     def _listen(self) -> None:
         others = range(1, self.world.size) if self.world.rank == 0 else (0,)

@@ -202,14 +202,32 @@ world.gather(None)
         assert f"rank {victim} (" in waits and f"process {process}) is gone" in waits
 
 
-@pytest.mark.parametrize(("rank", "late"), [(0, "another rank"), (1, "rank 0")])
-def test_a_rank_that_never_comes_is_not_waited_for(port, rank, late):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes_is_not_waited_for(port, rank):
     code = RANK.replace("world.job()", "world.job(patience=5)")
     codes, lines = ends(ranks("world.gather(None)", 2, port, only=rank, code=code))
-    assert codes == [RESUMABLE]
-    assert lines == [
-        f"{rank} Gone says {late} has not come to localhost, port {port}, in 5 seconds"
-    ]
+    late = "rank 1 has not come" if rank == 0 else f"rank 0 has not come to localhost, port {port},"
+    assert codes == [RESUMABLE] and lines == [f"{rank} Gone says {late} in 5 seconds"]
+
+
+def test_a_port_that_is_taken_is_named(port):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("localhost", port))
+        taken.listen()
+        codes, lines = ends(ranks("pass", 2, port, only=0))
+    assert codes == [2] and lines[0].startswith(f"0 ValueError says MASTER_PORT: {port} cannot be")
+
+
+def test_who_keeps_the_store_leaves_last(port):
+    """The first rank is done at once; the others read what it told late."""
+    body = """
+import fastphi.support.world
+if world.rank:
+    fastphi.support.world.time.sleep = lambda s, sleep=time.sleep: sleep(min(10 * s, 2))
+"""
+    assert ends(ranks(body, 3, port))[0] == [0, 0, 0]
 
 
 def test_a_stopped_job_goes_on(port):
