@@ -124,6 +124,10 @@ def run(folder: Path, name: str, limit: float) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def short(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
+
+
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row per analysis, seconds, of all threads in brackets, and anonymous MB."""
     sizes = list(found)
@@ -132,7 +136,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     for name in dict.fromkeys(name for each in found.values() for name in each):
         cells = [found[n].get(name, {}) for n in sizes]
         words = [
-            c.get("failed") or f"{c['seconds']:.2g} s ({c['cpu']:.2g}), {c['anonymous MB']} MB"
+            c.get("failed")
+            or f"{short(c['seconds'])} s ({short(c['cpu'])}), {c['anonymous MB']} MB"
             if c
             else ""
             for c in cells

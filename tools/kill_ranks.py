@@ -73,16 +73,20 @@ def one_round(command: list[str], ranks: int, moment: float | None, launcher: bo
                 at = time.monotonic()
         time.sleep(0.05)
     codes = [p.wait() for p in processes]
+    duration = round(time.monotonic() - began, 1)
     lines = (
         [] if launcher else [p.stderr.read().replace("\r", "\n").splitlines() for p in processes]
     )
-    said = [s for own in lines for s in own if "gone" in s or "error" in s]
+    said = [
+        s for own in lines for s in own if s.startswith("fastphi:") and ";" in s or "error" in s
+    ]
     seconds = None if killed is None else round(time.monotonic() - at, 1)
     return {
         "ranks": ranks,
         "started": "torchrun" if launcher else "by hand",
         "killed": killed,
         "codes": codes,
+        "seconds": duration,
         "ended_in": seconds,
         "said": said,
     }
@@ -111,7 +115,7 @@ def trial(name: str, pack: Path, kills: int, folder: Path) -> dict:
         while not ended:
             ranks = 2 if name == "train" else random.choice([1, 2, 2, 4])
             enough = sum(r["killed"] is not None for r in rounds) >= kills
-            moment = None if enough else random.uniform(6, 24)
+            moment = None if enough else random.uniform(2, 1.3 * usual["seconds"])
             rounds.append(one_round(command(out), ranks, moment, random.random() < 0.3))
             print(name, rounds[-1], flush=True)
             ended = not any(rounds[-1]["codes"])

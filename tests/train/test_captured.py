@@ -180,7 +180,7 @@ def test_what_a_step_asks_of_the_device(tmp_path, packed, batch, changes):
     step.close()
 
 
-class Poisoned(data.images.MemoryImages):
+class Poisoned(data.MemoryImages):
     """One image is NaN when it is read."""
 
     bad = -1
