@@ -268,7 +268,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `fastphi`. Exit codes: 2, an error; 75, stopped or without another rank, and the
     same command goes on; 130, Ctrl-C."""
     _make_printable()
-    world = World.here()
+    try:
+        world = World.here()
+    except ValueError as error:
+        _end(error, f"error: {_one_line(error)}", 2)
     # of several ranks the first tells what there is to tell, and torch leaves it to us
     level = logging.WARNING if world.rank else logging.INFO
     logging.basicConfig(format="fastphi: %(message)s", level=level)

@@ -69,6 +69,25 @@ def test_torchrun_comes_before_srun(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        (
+            {"RANK": "4", "WORLD_SIZE": "4"},
+            "RANK, WORLD_SIZE: expected 0 <= rank < size, got 4 of 4",
+        ),
+        (
+            {"RANK": "x", "WORLD_SIZE": "4"},
+            "RANK: expected a whole number from the launcher, got 'x'",
+        ),
+    ],
+)
+def test_a_launcher_that_cannot_be_believed(monkeypatch, values, match):
+    environment(monkeypatch, values | {"MASTER_ADDR": "a", "MASTER_PORT": "1"})
+    with pytest.raises(ValueError, match=match):
+        World.here()
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [
         ("node1", "node1"),
@@ -94,9 +113,9 @@ def test_one_rank_needs_no_other():
 
 RANK = """
 import os, signal, sys, time
-from fastphi.support import world
+from fastphi.support import link
 from fastphi.support.world import Gone, World, told
-world._BEAT = 0.2  # gone after 4 seconds
+link._BEAT = 0.2  # gone after 4 seconds
 world = World.here()
 def say(text):
     os.write(1, f"{world.rank} {text}\\n".encode())
@@ -223,9 +242,8 @@ def test_a_port_that_is_taken_is_named(port):
 def test_who_keeps_the_store_leaves_last(port):
     """The first rank is done at once; the others read what it told late."""
     body = """
-import fastphi.support.world
 if world.rank:
-    fastphi.support.world.time.sleep = lambda s, sleep=time.sleep: sleep(min(10 * s, 2))
+    link.time.sleep = lambda s, sleep=time.sleep: sleep(min(10 * s, 2))
 """
     assert ends(ranks(body, 3, port))[0] == [0, 0, 0]
 
