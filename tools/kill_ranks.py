@@ -115,7 +115,7 @@ def trial(name: str, pack: Path, kills: int, folder: Path) -> dict:
         while not ended:
             ranks = 2 if name == "train" else random.choice([1, 2, 2, 4])
             enough = sum(r["killed"] is not None for r in rounds) >= kills
-            moment = None if enough else random.uniform(2, 1.3 * usual["seconds"])
+            moment = None if enough else random.uniform(0.6, 1.4) * usual["seconds"]
             rounds.append(one_round(command(out), ranks, moment, random.random() < 0.3))
             print(name, rounds[-1], flush=True)
             ended = not any(rounds[-1]["codes"])
