@@ -25,7 +25,7 @@ import numpy as np
 
 COMMANDS = {
     "extract": "extract natural64-small {pack} {out} --sigmas 0.1 0.5 --draws 2 --batch 16",
-    "sample": "sample natural64-small {out}/x.npz --n 24 --h0 0.03",
+    "sample": "sample natural64-small {out}/x.npz --count 24 --h0 0.03",
     "reconstruct": "reconstruct natural64-small {out}/x.npz --images {pack} --indices 1 2 3 4 5 6 "
     "--copies 2 --steps 25 --max-iter 5",
     "train": "train --data {pack} --out {out} --batch 8 --epochs 6 --checkpoint-every 20 "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 Backend = Literal["auto", "cuda", "cpu", "reference"]
 
@@ -79,7 +79,7 @@ def reconstruct(
 def sample(
     model: Positional[Path],
     out: Positional[Path],
-    n: int = 16,
+    n: Annotated[int, arg(aliases=("--count",))] = 16,
     size: int = 64,
     form: Literal["schedule", "adaptive"] = "adaptive",
     h0: float = 0.01,
@@ -98,7 +98,7 @@ def sample(
     Args:
         model: a checkpoint: .safetensors, a training folder, the authors' folder, or natural64-small.
         out: the result, .npz; interrupted work goes on from it.
-        n: number of images.
+        n: number of images (--count under torchrun, which takes --n for an option of its own).
         size: side in pixels.
         form: step size adapted to each image's own noise level, or a noise schedule.
         h0: step size.
