@@ -126,14 +126,11 @@ def slice_of(run: Reconstruction, rows: slice, settings: dict[str, Any]) -> Reco
     )
 
 
-def join(path: Path, settings: dict[str, Any]) -> None:
-    """The result, of all the parts, at `path`; then they go."""
-    found = sorted(
-        (range(*map(int, p.stem.split("-"))) for p in folder(path).glob("*-*.npz")),
-        key=lambda part: part.start,
-    )
+def join(path: Path, settings: dict[str, Any], wanted: list[range]) -> None:
+    """The result, of these parts in order, at `path`; then all parts go (there may be one that a rank of an
+    earlier job has put back)."""
     runs = []
-    for part in found:
+    for part in wanted:
         run = earlier_run(file(path, part), settings_of(settings, part))
         assert run is not None and run.finished
         runs.append(run)

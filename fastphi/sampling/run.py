@@ -124,7 +124,7 @@ def _shared(
             for part in shares[world.rank]:
                 _part(sampler.of(part), settings, path, world, how)
             world.gather(None)
-            world.first(lambda: parts.join(path, settings))
+            world.first(lambda: parts.join(path, settings, sum(shares, [])))
     done = finished_run(path, settings)
     assert done is not None
     return replace(done, images=done.images.to(sampler.device))

@@ -11,29 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from study_case import TINY
 
 import fastphi
 from fastphi import checkpoint, targets
 from fastphi.analysis.neighbours import nearest
 from fastphi.data import MemoryImages
-from fastphi.study import Settings, Study, material
+from fastphi.study import Study, material
 from fastphi.support.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 ROOT = Path(fastphi.__file__).parents[1]
-TINY = Settings(
-    images=60,
-    few=20,
-    draws=2,
-    levels=(0.0, 0.2, 0.5, 1.0),
-    clusters=3,
-    targets=2,
-    copies=8,
-    steps=3,
-    pairs_of=3,
-    paths=1,
-    pair_steps=3,
-)
 
 
 def torchrun(arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess:
@@ -74,7 +62,7 @@ def work(folder: Path, ranks: bool) -> None:
 
 SCRIPT = """
     import sys, warnings
-    sys.path[:0] = [{tests!r}]
+    sys.path[:0] = [{tests!r}, {case!r}]
     from pathlib import Path
     import torch
     import test_ranks
@@ -86,7 +74,11 @@ SCRIPT = """
 def test_two_ranks_give_the_bits_of_one_process(make_model, tmp_path):
     checkpoint.save(make_model(channels=(4, 6, 12)), tmp_path / "model.safetensors")
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT).format(tests=str(Path(__file__).parent)))
+    script.write_text(
+        textwrap.dedent(SCRIPT).format(
+            tests=str(Path(__file__).parent), case=str(Path(__file__).parents[1])
+        )
+    )
     done = torchrun([str(script), str(tmp_path)])
     assert done.returncode == 0, done.stderr
     torch.set_num_threads(1)

@@ -73,6 +73,15 @@ class Ranks:
                     break
         return shares
 
+    def join(self, size: int) -> None:
+        """By a job that ends; beside its parts one that an earlier job's rank has put back."""
+        old = {p: p.read_bytes() for p in parts.folder(self.path).glob("*.npz")}
+        wanted = sum(self.job(size, {}), [])
+        for path, content in old.items():
+            if not path.exists():
+                path.write_bytes(content)
+        parts.join(self.path, self.settings, wanted)
+
     def _make(self, part: range, stop: int | None) -> None:
         def callback(info) -> None:
             assert set(info.rows) <= set(part)
@@ -103,8 +112,7 @@ def test_any_number_goes_on_from_what_any_number_left(model, made, options, seed
         shares = ranks.job(size, stops)
         covered = sorted((part for share in shares for part in share), key=lambda part: part.start)
         assert [i for part in covered for i in part] == [*range(N)] and len(shares) == size
-    ranks.job(2, {})
-    parts.join(ranks.path, ranks.settings)
+    ranks.join(2)
     same(Reconstruction.load(ranks.path), whole)
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
 
@@ -147,8 +155,7 @@ def test_a_cut_that_is_interrupted_loses_nothing(model, made, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             parts.cut(ranks.path, ranks.settings, ranks.sampler.plan, 3, True)
     assert len([*parts.folder(ranks.path).glob("*-*.npz")]) > 3
-    ranks.job(4, {})
-    parts.join(ranks.path, ranks.settings)
+    ranks.join(4)
     same(Reconstruction.load(ranks.path), whole)
 
 

@@ -9,26 +9,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from study_case import TINY
 
 import fastphi
 from fastphi import study
 from fastphi.analysis.common import Result
 from fastphi.data import MemoryImages
-from fastphi.study import Settings, Study, claims, material, record, stages
+from fastphi.study import Study, claims, material, record, stages
 
-TINY = Settings(
-    images=60,
-    few=20,
-    draws=2,
-    levels=(0.0, 0.2, 0.5, 1.0),
-    clusters=3,
-    targets=2,
-    copies=8,
-    steps=3,
-    pairs_of=3,
-    paths=1,
-    pair_steps=3,
-)
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
