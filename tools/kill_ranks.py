@@ -140,7 +140,8 @@ def main() -> None:
         subprocess.run(make, check=True)
         for name in options.commands:
             found[name] = trial(name, pack, each, Path(folder))
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
+            record = {"cores": os.cpu_count(), "trials": found}
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
             print(name, "same bits:", found[name]["same_bits"])
     sys.exit(not all(trial["same_bits"] for trial in found.values()))
 
